@@ -1,0 +1,1 @@
+"""What all operations share; it knows none of them."""

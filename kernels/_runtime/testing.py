@@ -1,0 +1,42 @@
+"""The tolerance policy, for tests, for the gate before a benchmark, and for `fastsel doctor --check`.
+
+truth = the reference in float64 on the inputs as rounded to the working dtype; plain = the reference in the working
+dtype. An implementation may err by twice as much as plain code does, plus a floor that grows with the reduction.
+"""
+
+import math
+
+import torch
+
+EPSILON = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+
+def floor(dtype: torch.dtype, reduction_length: int, magnitude: float = 1.0) -> float:
+    """Error that any order of summation of so many terms of this magnitude may make (absolute).
+
+    The reduction is accumulated in float32 at least; the result is rounded to `dtype`.
+    """
+    accumulate = EPSILON[torch.float64 if dtype == torch.float64 else torch.float32]
+    return magnitude * (EPSILON[dtype] + accumulate * math.sqrt(max(1, reduction_length)))
+
+
+def assert_as_exact(
+    got: torch.Tensor, truth: torch.Tensor, plain: torch.Tensor, *, reduction_length: int, what: str = "result"
+) -> float:
+    """Fail unless max|got - truth| <= 2 max|plain - truth| + floor; return the error that was found.
+
+    Infinities and NaN must stand in the same places in all three.
+    """
+    assert got.shape == truth.shape, f"{what}: shape {list(got.shape)}, expected {list(truth.shape)}"
+    got64, truth64, plain64 = (x.detach().to("cpu", torch.float64) for x in (got, truth, plain))
+    special = ~torch.isfinite(truth64)
+    assert torch.equal(got64[special].nan_to_num(), truth64[special].nan_to_num()), f"{what}: inf or NaN differ"
+    assert torch.isfinite(got64[~special]).all(), f"{what}: not finite where the reference is"
+    if bool(special.all()):
+        return 0.0
+    error = (got64 - truth64)[~special].abs().max().item()
+    plain_error = (plain64 - truth64)[~special].abs().max().item()
+    magnitude = max(1.0, truth64[~special].abs().max().item())
+    allowed = 2 * plain_error + floor(plain.dtype, reduction_length, magnitude)
+    assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e} (plain code errs by {plain_error:.3e})"
+    return error

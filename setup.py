@@ -1,0 +1,93 @@
+"""Maps kernels/ to fastsel.kernels and compiles kernels/*/cpu_native.cpp into one library of plain C functions.
+
+Each .cpp is compiled once per instruction set (FASTSEL_ISA becomes the suffix of its exported functions); which one
+runs is decided when the library is loaded. Nothing here needs torch, so an isolated build works and no torch
+version has to match afterwards. Without a compiler the install succeeds and "native" refuses with a reason.
+"""
+
+import os
+import platform
+import shlex
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+COMMON_FLAGS = [
+    "-std=c++17", "-O3", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti",
+    "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wno-psabi",
+]  # fmt: skip
+X86_INSTRUCTION_SETS = {
+    "plain": ["-march=x86-64"],
+    "avx2": ["-march=x86-64-v3"],
+    "avx512": ["-march=x86-64-v4"],
+    "avx512vnni": ["-march=x86-64-v4", "-mavx512vnni"],
+}
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+INSTRUCTION_SETS = X86_INSTRUCTION_SETS if IS_X86 else {"plain": []}
+
+
+class BuildNative(build_ext):
+    """Compiles every source for every instruction set and links the objects into one shared library."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"  # no Python ABI tag: ctypes loads it, any Python will do
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []  # there is no PyInit function
+
+    def build_extension(self, ext: Extension) -> None:
+        objects = []
+        for source in ext.sources:
+            for name, flags in INSTRUCTION_SETS.items():
+                objects += self.compiler.compile(
+                    [source],
+                    output_dir=os.path.join(self.build_temp, name),
+                    include_dirs=["kernels/_runtime/native"],
+                    macros=[("FASTSEL_ISA", name)],
+                    extra_postargs=COMMON_FLAGS + flags + shlex.split(os.environ.get("FASTSEL_CXXFLAGS", "")),
+                    depends=ext.depends,
+                )
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            # Linked aside and renamed: a process that has the old library mapped keeps it whole.
+            part = Path(folder) / target.name
+            self.compiler.link_shared_object(objects, str(part), extra_postargs=["-fopenmp"], target_lang="c++")
+            part.replace(target)
+
+    def copy_extensions_to_source(self) -> None:
+        """For --inplace and editable installs: kernels/ is not where the dotted name says it is."""
+        if self.extensions:
+            built = Path(self.build_lib) / self.get_ext_filename(self.extensions[0].name)
+            if built.exists():
+                self.copy_file(str(built), str(Path("kernels/_runtime") / built.name))
+
+
+class PythonIndependentWheel(bdist_wheel):
+    """The library is bound by ctypes: one wheel serves every Python of a platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+sources = sorted(str(path) for path in Path(".").glob("kernels/*/cpu_native.cpp"))
+setup(
+    package_dir={"fastsel.kernels": "kernels"},
+    packages=find_packages(include=["fastsel*"])
+    + ["fastsel.kernels"]
+    + ["fastsel.kernels." + name for name in find_packages("kernels")],
+    ext_modules=[
+        Extension(
+            "fastsel.kernels._runtime._native",
+            sources,
+            depends=sorted(str(path) for path in Path("kernels/_runtime/native").glob("*.h")),
+            optional=True,
+        )
+    ]
+    if sources
+    else [],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": PythonIndependentWheel},
+)
