@@ -9,6 +9,7 @@ import os
 import platform
 import shlex
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -39,31 +40,41 @@ class BuildNative(build_ext):
         return []  # there is no PyInit function
 
     def build_extension(self, ext: Extension) -> None:
-        objects = []
-        for source in ext.sources:
-            for name, flags in INSTRUCTION_SETS.items():
-                objects += self.compiler.compile(
-                    [source],
-                    output_dir=os.path.join(self.build_temp, name),
-                    include_dirs=["kernels/_runtime/native"],
-                    macros=[("FASTSEL_ISA", name)],
-                    extra_postargs=COMMON_FLAGS + flags + shlex.split(os.environ.get("FASTSEL_CXXFLAGS", "")),
-                    depends=ext.depends,
-                )
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            # Linked aside and renamed: a process that has the old library mapped keeps it whole.
-            part = Path(folder) / target.name
-            self.compiler.link_shared_object(objects, str(part), extra_postargs=["-fopenmp"], target_lang="c++")
-            part.replace(target)
+        # What an earlier build left must not be shipped when this one finds no compiler.
+        target.unlink(missing_ok=True)
+        # Objects lie in a folder of their own, so that two builds in one checkout do not link each other's halves.
+        with tempfile.TemporaryDirectory() as objects_folder, ThreadPoolExecutor(os.cpu_count()) as workers:
+
+            def compile_one(job: tuple[str, str]) -> list[str]:
+                source, name = job
+                objects: list[str] = self.compiler.compile(
+                    [source],
+                    output_dir=os.path.join(objects_folder, name),
+                    include_dirs=["kernels/_runtime/native"],
+                    macros=[("FASTSEL_ISA", name)],
+                    extra_postargs=COMMON_FLAGS
+                    + INSTRUCTION_SETS[name]
+                    + shlex.split(os.environ.get("FASTSEL_CXXFLAGS", "")),
+                    depends=ext.depends,
+                )
+                return objects
+
+            jobs = [(source, name) for source in ext.sources for name in INSTRUCTION_SETS]
+            objects = [path for paths in workers.map(compile_one, jobs) for path in paths]
+            self.compiler.link_shared_object(objects, str(target), extra_postargs=["-fopenmp"], target_lang="c++")
 
     def copy_extensions_to_source(self) -> None:
         """For --inplace and editable installs: kernels/ is not where the dotted name says it is."""
-        if self.extensions:
-            built = Path(self.build_lib) / self.get_ext_filename(self.extensions[0].name)
+        for ext in self.extensions:
+            built = Path(self.build_lib) / self.get_ext_filename(ext.name)
             if built.exists():
-                self.copy_file(str(built), str(Path("kernels/_runtime") / built.name))
+                # Copied aside and renamed: a process that has the old library mapped keeps it whole.
+                with tempfile.TemporaryDirectory(dir="kernels/_runtime") as folder:
+                    part = Path(folder) / built.name
+                    self.copy_file(str(built), str(part))
+                    part.replace(Path("kernels/_runtime") / built.name)
 
 
 class PythonIndependentWheel(bdist_wheel):
