@@ -1,0 +1,75 @@
+"""Append the latest benchmark run to history.csv: python benchmarks/record.py [FILE.json ...] [--note TEXT].
+
+Rows are never edited. A number in the README or in docs/measured.md names its row.
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+HERE = Path(__file__).parent
+HISTORY = HERE / "history.csv"
+COLUMNS = (
+    "row", "date", "commit", "machine", "threads", "load", "op", "case", "peer", "ratio", "ratio_cpu", "rounds",
+    "our_s", "peer_s", "our_cpu_s", "peer_cpu_s", "our_peak_bytes", "peer_peak_bytes", "note",
+)  # fmt: skip
+
+
+def latest_run() -> Path:
+    """The newest file that --benchmark-autosave wrote."""
+    files = sorted((HERE.parent / ".benchmarks").rglob("*.json"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise SystemExit("no run to record: pytest benchmarks/bench_<what>.py --benchmark-autosave")
+    return files[-1]
+
+
+def rows(run: dict, first: int, note: str) -> list[dict]:
+    """One row for each benchmark of a run that was made with the fixture `compare`."""
+    commit, cpu = run["commit_info"], run["machine_info"]["cpu"]
+    found = []
+    for benchmark in run["benchmarks"]:
+        info, ours = benchmark["extra_info"], benchmark["stats"]["median"]
+        if "peer_s" not in info:
+            continue
+        measured = {
+            "row": first + len(found),
+            "date": run["datetime"][:16],
+            "commit": str(commit.get("id", "unknown"))[:9] + ("+" if commit.get("dirty") else ""),
+            "machine": f"{cpu.get('brand_raw', 'unknown')} x{cpu.get('count', '?')}",
+            "ratio": f"{info['peer_s'] / ours:.3f}",
+            "ratio_cpu": f"{info['peer_cpu_s'] / info['our_cpu_s']:.3f}",
+            "rounds": benchmark["stats"]["rounds"],
+            "our_s": f"{ours:.4g}",
+            "note": note,
+        }
+        seconds = {key: f"{info[key]:.4g}" for key in ("peer_s", "our_cpu_s", "peer_cpu_s")}
+        found.append({**{key: info[key] for key in COLUMNS if key in info}, **seconds, **measured})
+        if note and info.get("note"):
+            found[-1]["note"] = f"{info['note']}; {note}"
+        elif info.get("note"):
+            found[-1]["note"] = info["note"]
+    return found
+
+
+def main() -> None:
+    """Read the runs, append their rows, say which."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", type=Path, help="JSON of pytest-benchmark; the newest autosave by default")
+    parser.add_argument("--note", default="", help="what a reader must know, such as what else was running")
+    arguments = parser.parse_args()
+    history = HISTORY.read_text().splitlines() if HISTORY.exists() else []
+    written = max(0, len(history) - 1)
+    with HISTORY.open("a", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if not history:
+            table.writeheader()
+        for path in arguments.files or [latest_run()]:
+            for row in rows(json.loads(path.read_text()), written + 1, arguments.note):
+                table.writerow(row)
+                written += 1
+                print(f"row {row['row']}: {row['op']} / {row['case']} / {row['peer']}: {row['ratio']}x")
+
+
+if __name__ == "__main__":
+    main()
