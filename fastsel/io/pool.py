@@ -1,0 +1,359 @@
+"""A pool: every row of the user's data, once hashed and judged, then read again as often as needed."""
+
+import json
+from array import array
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import xxhash
+
+from fastsel.errors import InputError, MissingExtraError, RunFailedError, UsageError
+from fastsel.io.examples import ERROR, OK, SKIPPED, STATUS, Example, content_hash
+from fastsel.io.files import InputFile
+from fastsel.io.formats import RowReader, UnusableRow, lookup, unknown_layout
+from fastsel.io.layout_options import Words, read_layout_options
+from fastsel.io.readers import Source, open_source
+from fastsel.io.text_files import Unreadable
+from fastsel.progress import progress_bar
+
+_ROWS_A_BLOCK = 4096
+_CHUNK_BYTES = 1 << 25
+_ROWS_BEFORE_GIVING_UP = 10_000  # on a pool none of whose rows has a known layout
+_HASH_BYTES = 16
+
+
+def bundled_pool_path() -> Path:
+    """The 256 real rows that come with fastsel."""
+    return Path(str(resources.files("fastsel") / "data" / "pool_small.jsonl"))
+
+
+class Reasons(Mapping[int, str]):
+    """Row number -> why the row is not ok. Kept as numbers and a few distinct texts, since any share of a pool may be bad."""
+
+    def __init__(self) -> None:
+        self._rows = array("q")
+        self._places = array("q")
+        self._texts = array("q")
+        self._known: dict[str, int] = {}
+        self._all: list[str] = []
+
+    def add(self, row: int, place: str, text: str) -> None:
+        """Rows must come in ascending order. place is words and a number, such as "line 12"."""
+        words, _, number = place.rpartition(" ")
+        text = f"{words} %d: {text}".replace("%", "%%").replace("%%d", "%d", 1)
+        if text not in self._known:
+            self._known[text] = len(self._all)
+            self._all.append(text)
+        self._rows.append(row)
+        self._places.append(int(number))
+        self._texts.append(self._known[text])
+
+    def __getitem__(self, row: int) -> str:
+        position = bisect_left(self._rows, row)
+        if position == len(self._rows) or self._rows[position] != row:
+            raise KeyError(row)
+        return self._all[self._texts[position]] % self._places[position]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+class Pool:
+    """The rows of a pool and what is known of them; no text is held. Made by open_pool().
+
+    Attributes:
+        name: short name for messages and reports.
+        format: the layout: the one that was forced, or the most frequent one found.
+        layouts: layout -> number of usable rows read as it.
+        inputs: the files read, with rows and SHA-256.
+        fingerprint: 32 hexadecimal digits that change with any byte of any row and with the layout options.
+        status: uint8 [n], read-only, positions in STATUS.
+        reasons: row number -> why it is not ok, for the rows that are not.
+        content_hash: uint8 [n, 16], read-only, see examples.content_hash; zeros for rows that are not ok.
+        scores: float64 [n], read-only, NaN where there is none; None without a score column.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        name: str,
+        reader: RowReader,
+        *,
+        layouts: Mapping[str, int],
+        format: str,
+        fingerprint: str,
+        status: npt.NDArray[np.uint8],
+        reasons: Mapping[int, str],
+        content_hash: npt.NDArray[np.uint8],
+        ids: pa.ChunkedArray | None,
+        sources: pa.ChunkedArray | None,
+        scores: npt.NDArray[np.float64] | None,
+    ) -> None:
+        """Use open_pool()."""
+        self.name = name
+        self.format = format
+        self.layouts = dict(layouts)
+        self.inputs: list[InputFile] = source.inputs
+        self.fingerprint = fingerprint
+        self.status = status
+        self.reasons = reasons
+        self.content_hash = content_hash
+        self.scores = scores
+        self._source = source
+        self._reader = reader
+        self._ids = ids
+        self._sources = sources
+
+    def __len__(self) -> int:
+        return len(self.status)
+
+    def __repr__(self) -> str:
+        return f"Pool({self.name!r}, {len(self):,} rows, {self.format})"
+
+    def ids(self) -> pa.ChunkedArray | None:
+        """The rows' own ids, string [n] with nulls; None when no row has one."""
+        return self._ids
+
+    def sources(self) -> pa.ChunkedArray | None:
+        """The data sets the rows come from, dictionary<string> [n] with nulls; None when no row says."""
+        return self._sources
+
+    def chunks(self, start: int = 0, stop: int | None = None, rows: int = _ROWS_A_BLOCK) -> Iterator[list[Example]]:
+        """The examples start..stop in order, in lists of `rows`; shorter ones where rows are longer than 8 kB each."""
+        stop = len(self) if stop is None else min(stop, len(self))
+        chunk: list[Example] = []
+        size = 0
+        for row_id, (value, value_bytes) in enumerate(self._source.read(start, stop), start):
+            chunk.append(self._example(value, row_id))
+            size += value_bytes
+            if len(chunk) == rows or size > _CHUNK_BYTES:
+                yield chunk
+                chunk, size = [], 0
+        if chunk:
+            yield chunk
+
+    def examples(self, row_ids: Sequence[int] | npt.NDArray[np.int64]) -> list[Example]:
+        """The examples with these row numbers, in the order asked."""
+        wanted = self._checked(row_ids)
+        return [self._example(value, row) for value, row in zip(self._source.rows(wanted), wanted, strict=True)]
+
+    def rows(self, row_ids: Sequence[int] | npt.NDArray[np.int64]) -> list[Any]:
+        """The user's own rows as Python values, in the order asked."""
+        return self._source.rows(self._checked(row_ids))
+
+    def write_rows(self, row_ids: Sequence[int] | npt.NDArray[np.int64], path: str | Path) -> Path:
+        """Write the user's own rows, in the order asked.
+
+        Args:
+            row_ids: row numbers.
+            path: where to; its suffix is set to the pool's kind: .jsonl for text and lists, .parquet for tables.
+
+        Returns:
+            The path written. JSONL rows are the lines' own bytes, without line ends; of other formats the values are equal.
+        """
+        path = Path(path)
+        if path.suffix in (".jsonl", ".json", ".parquet"):
+            path = path.with_suffix("")
+        path = path.with_name(path.name + self._source.suffix)
+        self._source.write(self._checked(row_ids), path)
+        return path
+
+    def dataset(self, row_ids: Sequence[int] | npt.NDArray[np.int64]) -> Any:
+        """The user's own rows as a datasets.Dataset.
+
+        Raises:
+            MissingExtraError: the package datasets is not installed.
+        """
+        try:
+            import datasets
+        except ImportError as error:
+            raise MissingExtraError("making a datasets.Dataset", "datasets", "hf") from error
+        rows = self.rows(row_ids)
+        keys = dict.fromkeys(key for row in rows for key in row)  # Dataset.from_list takes the first row's keys only
+        return datasets.Dataset.from_dict({key: [row.get(key) for row in rows] for key in keys})
+
+    def _checked(self, row_ids: Sequence[int] | npt.NDArray[np.int64]) -> list[int]:
+        rows = [int(row) for row in row_ids]
+        if rows and not (0 <= min(rows) and max(rows) < len(self)):
+            raise IndexError(f"row numbers must lie in 0..{len(self) - 1}, got {min(rows)}..{max(rows)}")
+        return rows
+
+    def _example(self, value: object, row_id: int) -> Example:
+        code = int(self.status[row_id])
+        if code != OK:
+            own_id, source = self._reader.id_and_source(value)
+            return Example(row_id, STATUS[code], self.reasons[row_id], own_id, source)
+        return self._reader.read(value, row_id)
+
+
+class _Index:
+    """What the first pass over a pool collects, in arrays that grow: about 60 bytes a row with ids and sources."""
+
+    def __init__(self, score_column: str | None) -> None:
+        self.status = bytearray()
+        self.hashes = bytearray()
+        self.reasons = Reasons()
+        self.scores = array("d") if score_column is not None else None
+        self.layouts: Counter[str] = Counter()
+        self._ids: list[str | None] = []
+        self._sources: list[str | None] = []
+        self._id_chunks: list[pa.Array] = []
+        self._source_chunks: list[pa.Array] = []
+
+    def add(self, code: int, hash: bytes, own_id: str | None, source: str | None, score: float) -> None:
+        self.status.append(code)
+        self.hashes += hash
+        self._ids.append(own_id)
+        self._sources.append(source)
+        if self.scores is not None:
+            self.scores.append(score)
+        if len(self._ids) == _ROWS_A_BLOCK:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._id_chunks.append(pa.array(self._ids, pa.string()))
+        self._source_chunks.append(pa.array(self._sources, pa.string()).dictionary_encode())
+        self._ids.clear()
+        self._sources.clear()
+
+    def columns(self) -> tuple[pa.ChunkedArray | None, pa.ChunkedArray | None]:
+        """Ids and sources; None for a column without a value."""
+        self._flush()
+        ids = pa.chunked_array(self._id_chunks, pa.string())
+        sources = pa.chunked_array(self._source_chunks, pa.dictionary(pa.int32(), pa.string()))
+        return (
+            ids if ids.null_count < len(ids) else None,
+            sources if sources.null_count < len(sources) else None,
+        )
+
+
+def open_pool(
+    source: Any,
+    *,
+    format: str = "auto",
+    columns: Words = None,
+    tags: Words = None,
+    limit: int | None = None,
+    score_column: str | None = None,
+    on_error: Literal["skip", "fail"] = "skip",
+    max_error_rate: float = 0.01,
+    progress: str = "none",
+) -> Pool:
+    """Read a pool once: judge every row, hash it, and keep where it lies.
+
+    Args:
+        source: a path, a glob, a list of paths, a table or data set in memory, a list of dicts, or a Pool (returned as it is).
+        format: force one layout (see layout_options.FORMATS) instead of detecting it per row.
+        columns, tags: names of columns and of the words inside messages; a mapping, or WORD=NAME pairs.
+        limit: take the first rows only.
+        score_column: a column of ready scores, dotted for nested ones (`processed_scores.IFD`); a row without a finite number
+            there is skipped.
+        on_error: "fail" stops at the first line that cannot be read.
+        max_error_rate: the share of such lines above which the run stops, once all are read.
+        progress: how to show progress, see fastsel.progress.
+
+    Returns:
+        The pool. Every non-blank line is one of its rows, whatever is wrong with it: rows that cannot be used are "skipped",
+        lines that cannot be read are "error", both with a reason that names the line.
+
+    Raises:
+        InputError: no such file, no rows, or rows of no known layout.
+        RunFailedError: too many lines that cannot be read, or one with on_error="fail".
+    """
+    if isinstance(source, Pool):
+        return source
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit must be at least 1, got {limit}")
+    options = read_layout_options(format, columns, tags)
+    reader = RowReader(options)
+    rows, name = open_source(source)
+    index = _Index(score_column)
+    first_row: object = None
+    recognised = 0
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress_bar(rows.total, rows.unit, mode=progress, description=f"reading {name}"))
+        for row_id, (value, place) in enumerate(rows.scan(limit)):
+            if row_id % _ROWS_A_BLOCK == 0:
+                bar.update(rows.done - bar.done)
+            if isinstance(value, Unreadable):
+                if on_error == "fail":
+                    raise RunFailedError(f"{name}, {place}: {value.reason}")
+                index.reasons.add(row_id, place, value.reason)
+                index.add(ERROR, bytes(_HASH_BYTES), None, None, np.nan)
+                continue
+            if first_row is None:
+                first_row = value
+            try:
+                example = reader.read(value, row_id)
+                recognised += 1
+                score = _score(value, score_column) if score_column is not None else np.nan
+            except UnusableRow as unusable:
+                recognised += unusable.recognised
+                index.reasons.add(row_id, place, unusable.reason)
+                index.add(SKIPPED, bytes(_HASH_BYTES), *reader.id_and_source(value), np.nan)
+                if not recognised and row_id + 1 >= _ROWS_BEFORE_GIVING_UP:
+                    break
+                continue
+            index.layouts[example.layout] += 1
+            index.add(OK, content_hash(example.messages), example.id, example.source, score)
+        bar.update(rows.done - bar.done)
+    if not index.status:
+        raise InputError(f"{name} has no rows")
+    _check_errors(name, index, max_error_rate)
+    if not recognised:
+        raise InputError(f"{name}: the layout is not known: {unknown_layout(first_row)}")
+    return _pool(rows, name, reader, index, json.dumps([format, repr(options), score_column]))
+
+
+def _pool(source: Source, name: str, reader: RowReader, index: _Index, options: str) -> Pool:
+    ids, sources = index.columns()
+    status = np.frombuffer(bytes(index.status), dtype=np.uint8)
+    hashes = np.frombuffer(bytes(index.hashes), dtype=np.uint8).reshape(-1, _HASH_BYTES)
+    scores = None if index.scores is None else np.frombuffer(index.scores.tobytes(), dtype=np.float64)
+    most_frequent = max(index.layouts, key=lambda layout: index.layouts[layout], default="")
+    return Pool(
+        source,
+        name,
+        reader,
+        layouts=index.layouts,
+        format=most_frequent,
+        fingerprint=xxhash.xxh3_128_hexdigest(f"{source.digest} {options}".encode()),
+        status=status,
+        reasons=index.reasons,
+        content_hash=hashes,
+        ids=ids,
+        sources=sources,
+        scores=scores,
+    )
+
+
+def _score(row: Any, column: str) -> float:
+    value = lookup(row, column)
+    if value is None:
+        raise UnusableRow(f"there is no score in {column}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UnusableRow(f"the score in {column} is not a number: {str(value)[:40]!r}")
+    if not np.isfinite(value):
+        raise UnusableRow(f"the score in {column} is {value}")
+    return float(value)
+
+
+def _check_errors(name: str, index: _Index, max_error_rate: float) -> None:
+    errors = index.status.count(ERROR)
+    if errors > max_error_rate * len(index.status):
+        first = next(row for row, code in enumerate(index.status) if code == ERROR)
+        raise RunFailedError(
+            f"{name}: {errors:,} of {len(index.status):,} lines cannot be read, more than --max-error-rate {max_error_rate:g} "
+            f"allows; the first: {index.reasons[first]}"
+        )
