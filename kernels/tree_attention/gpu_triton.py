@@ -1,0 +1,258 @@
+# mypy: allow-untyped-defs, allow-untyped-decorators
+"""Attention over a forest of packed segments on a GPU; only blocks in which something is attended are visited.
+
+HEADER
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastsel.kernels._runtime.devices import triton_architecture
+from fastsel.kernels._runtime.triton_blocks import LOG2_E, MASKED, soft_capped, tile_product
+from fastsel.kernels._runtime.triton_launch import Launch, no_device
+from fastsel.kernels.tree_attention.segments import Segments
+
+# (architecture, bytes of an element, largest head size): BLOCK_Q, BLOCK_K, num_warps, num_stages, float32 products
+LAUNCH_TABLE = {
+    ("sm_80", 2, 64): (128, 64, 4, 3, "ieee"),
+    ("sm_80", 2, 128): (128, 64, 8, 3, "ieee"),
+    ("sm_80", 2, 256): (64, 32, 8, 2, "ieee"),
+    ("sm_80", 4, 64): (32, 32, 8, 2, "tf32x3"),
+    ("sm_80", 4, 128): (32, 32, 8, 2, "tf32x3"),
+    ("sm_80", 4, 256): (32, 32, 8, 2, "tf32x3"),
+    ("sm_90", 2, 64): (128, 64, 4, 3, "ieee"),
+    ("sm_90", 2, 128): (128, 64, 8, 3, "ieee"),
+    ("sm_90", 2, 256): (128, 64, 8, 2, "ieee"),
+    ("sm_90", 4, 64): (32, 32, 8, 2, "tf32x3"),
+    ("sm_90", 4, 128): (32, 32, 8, 2, "tf32x3"),
+    ("sm_90", 4, 256): (32, 32, 8, 2, "tf32x3"),
+    ("sm_100", 2, 64): (128, 64, 4, 3, "ieee"),
+    ("sm_100", 2, 128): (128, 64, 8, 3, "ieee"),
+    ("sm_100", 2, 256): (128, 64, 8, 2, "ieee"),
+    ("sm_100", 4, 64): (32, 32, 8, 2, "tf32x3"),
+    ("sm_100", 4, 128): (32, 32, 8, 2, "tf32x3"),
+    ("sm_100", 4, 256): (32, 32, 8, 2, "tf32x3"),
+    ("gfx942", 2, 64): (64, 64, 4, 2, "ieee"),
+    ("gfx942", 2, 128): (64, 64, 4, 2, "ieee"),
+    ("gfx942", 2, 256): (64, 32, 4, 2, "ieee"),
+    ("gfx942", 4, 64): (64, 32, 4, 2, "ieee"),
+    ("gfx942", 4, 128): (64, 32, 4, 2, "ieee"),
+    ("gfx942", 4, 256): (32, 32, 4, 2, "ieee"),
+}
+HEAD_SIZES = (64, 128, 256)
+
+
+@triton.jit
+def attend(
+    q, best, total, accumulator, key_ptr, value_ptr, begin, stop, end, newest, oldest,
+    stride_key_t, stride_value_t, scale, softcap,
+    HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_K: tl.constexpr,
+    MASKED_TILES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Folds the keys begin:stop, of which those before end exist, into the running softmax (units of log2)."""
+    in_d = tl.arange(0, BLOCK_D)
+    in_dv = tl.arange(0, BLOCK_DV)
+    for k0 in range(begin, stop, BLOCK_K):
+        index = k0 + tl.arange(0, BLOCK_K)
+        safe = index
+        if MASKED_TILES:
+            safe = tl.minimum(index, end - 1)  # never a key of another segment, whose NaN would spread as 0 * NaN
+        key_at = key_ptr + safe.to(tl.int64)[:, None] * stride_key_t + in_d[None, :]
+        value_at = value_ptr + safe.to(tl.int64)[:, None] * stride_value_t + in_dv[None, :]
+        if HEAD == BLOCK_D:
+            k = tl.load(key_at)
+        else:
+            k = tl.load(key_at, mask=(in_d < HEAD)[None, :], other=0.0)
+        if HEAD_V == BLOCK_DV:
+            v = tl.load(value_at)
+        else:
+            v = tl.load(value_at, mask=(in_dv < HEAD_V)[None, :], other=0.0)
+        scores = tile_product(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_K], tl.float32), PRECISION)
+        if softcap is not None:
+            x = soft_capped(scores * scale, softcap) * LOG2_E
+        else:
+            x = scores * (scale * LOG2_E)
+        if MASKED_TILES:
+            seen = (index < end)[None, :] & (index[None, :] <= newest[:, None])
+            if oldest is not None:
+                seen = seen & (index[None, :] >= oldest[:, None])
+            x = tl.where(seen, x, MASKED)
+        new_best = tl.maximum(best, tl.max(x, axis=1))
+        powers = tl.exp2(x - new_best[:, None])
+        shrink = tl.exp2(best - new_best)
+        total = total * shrink + tl.sum(powers, axis=1)
+        accumulator = tile_product(powers.to(v.dtype), v, accumulator * shrink[:, None], PRECISION)
+        best = new_best
+    return best, total, accumulator
+
+
+@triton.jit
+def tree_attention_kernel(
+    query_ptr, key_ptr, value_ptr, out_ptr, blocks_ptr, ranges_ptr,
+    stride_query_t, stride_query_h, stride_key_t, stride_key_h, stride_value_t, stride_value_h,
+    stride_out_t, stride_out_h, scale, softcap, window,
+    HEAD: tl.constexpr, HEAD_V: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """This program attends BLOCK_Q (token, head) rows: the GROUP query heads of one key head over a few tokens."""
+    block_at = blocks_ptr + tl.program_id(0).to(tl.int64) * 6
+    segment_begin = tl.load(block_at)
+    segment_end = tl.load(block_at + 1)
+    first_row = tl.load(block_at + 2)
+    first_position = tl.load(block_at + 3)
+    range_begin = tl.load(block_at + 4)
+    range_end = tl.load(block_at + 5)
+    key_head = tl.program_id(1).to(tl.int64)
+
+    rows = first_row + tl.arange(0, BLOCK_Q)
+    live = rows < (segment_end - segment_begin) * GROUP
+    tokens = tl.minimum(segment_begin + rows // GROUP, segment_end - 1)  # rows past the end repeat the last token
+    heads = key_head * GROUP + rows % GROUP
+    positions = tokens - segment_begin + first_position
+    oldest_token = segment_begin + first_row // GROUP
+    newest_token = tl.minimum(segment_begin + (first_row + BLOCK_Q - 1) // GROUP, segment_end - 1)
+
+    in_d = tl.arange(0, BLOCK_D)
+    in_dv = tl.arange(0, BLOCK_DV)
+    query_at = query_ptr + tokens.to(tl.int64)[:, None] * stride_query_t + heads[:, None] * stride_query_h
+    q = tl.load(query_at + in_d[None, :], mask=(in_d < HEAD)[None, :], other=0.0)
+    key_ptr += key_head * stride_key_h
+    value_ptr += key_head * stride_value_h
+
+    best = tl.full([BLOCK_Q], MASKED, tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    accumulator = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
+    for r in range(range_begin, range_end):
+        begin = tl.load(ranges_ptr + 3 * r)
+        # Rows of the packed array come in the order of positions along a path: one comparison of row numbers is
+        # the causal mask in the segment itself and admits every row of an ancestor.
+        end = tl.minimum(tl.load(ranges_ptr + 3 * r + 1), newest_token + 1)
+        oldest = None
+        if window is not None:
+            begin_position = tl.load(ranges_ptr + 3 * r + 2)
+            oldest = positions - begin_position + begin - window + 1
+            skipped = oldest_token - segment_begin + first_position - begin_position - window + 1
+            begin += tl.maximum(skipped, 0)
+            masked_from = begin
+        else:
+            seen_by_all = tl.maximum(tl.minimum(end, oldest_token + 1) - begin, 0)
+            masked_from = begin + seen_by_all // BLOCK_K * BLOCK_K
+            best, total, accumulator = attend(
+                q, best, total, accumulator, key_ptr, value_ptr, begin, masked_from, end, tokens, oldest,
+                stride_key_t, stride_value_t, scale, softcap,
+                HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_K, False, PRECISION,
+            )  # fmt: skip
+        best, total, accumulator = attend(
+            q, best, total, accumulator, key_ptr, value_ptr, masked_from, end, end, tokens, oldest,
+            stride_key_t, stride_value_t, scale, softcap,
+            HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_K, True, PRECISION,
+        )  # fmt: skip
+
+    result = accumulator / total[:, None]
+    out_at = out_ptr + tokens.to(tl.int64)[:, None] * stride_out_t + heads[:, None] * stride_out_h
+    tl.store(
+        out_at + in_dv[None, :], result.to(out_ptr.dtype.element_ty), mask=live[:, None] & (in_dv < HEAD_V)[None, :]
+    )
+
+
+def query_blocks(segments: Segments, block_q: int, group: int) -> tuple[list[list[int]], list[list[int]]]:
+    """What each program attends, longest first, and the ranges of keys that each segment sees.
+
+    Returns:
+        One row a block of block_q (token, head of the group) pairs: first token and end of its segment, first pair
+        within the segment, position of the segment's first token, first and end index of its ranges; and one row
+        a range: first token, end, position of the first token.
+    """
+    blocks, ranges, keys_seen = [], [], []
+    for s, ancestors in enumerate(segments.ancestor_ranges):
+        begin, end, position = segments.start_list[s], segments.start_list[s + 1], segments.first_positions[s]
+        range_begin = len(ranges)
+        ranges += [list(item) for item in ancestors]
+        if ancestors and ancestors[-1][1] == begin:
+            ranges[-1][1] = end  # the segment follows its parent directly: one range
+        else:
+            ranges.append([begin, end, position])
+        for first_row in range(0, (end - begin) * group, block_q):
+            blocks.append([begin, end, first_row, position, range_begin, len(ranges)])
+            keys_seen.append(position + min(end - begin, (first_row + block_q - 1) // group + 1))
+    longest_first = sorted(range(len(blocks)), key=lambda b: -keys_seen[b])
+    return [blocks[b] for b in longest_first], ranges
+
+
+def unsupported(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> str | None:
+    """Why these inputs cannot run here, or None."""
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes float32, bfloat16 and float16; query is {str(query.dtype).removeprefix('torch.')}"
+    widest = max(query.shape[2], value.shape[2])
+    if widest > HEAD_SIZES[-1]:
+        return f"takes heads of at most {HEAD_SIZES[-1]} features; these have {widest}"
+    return no_device(query)
+
+
+def plan(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+    *,
+    architecture: str,
+) -> tuple[torch.Tensor, list[Launch]]:
+    """The (still unwritten) result and the launches that write it, for an architecture of LAUNCH_TABLE."""
+    n_tokens, n_heads, head = query.shape
+    n_key_heads, head_v = value.shape[1:]
+    query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
+    size = next(size for size in HEAD_SIZES if size >= max(head, head_v))
+    block_q, block_k, num_warps, num_stages, precision = LAUNCH_TABLE[architecture, query.element_size(), size]
+    group = n_heads // n_key_heads
+    blocks, ranges = query_blocks(segments, block_q, group)
+    if window is not None and window >= max((end - begin + at for begin, end, at in ranges), default=0):
+        window = None  # no sequence is as long as the window: the code without it is faster
+    out = query.new_empty(n_tokens, n_heads, head_v)
+    blocks_tensor, ranges_tensor = (torch.tensor(rows, dtype=torch.int32) for rows in (blocks, ranges))
+    if query.device.type != "meta":
+        blocks_tensor, ranges_tensor = blocks_tensor.to(query.device), ranges_tensor.to(query.device)
+    return out, [
+        Launch(
+            tree_attention_kernel,
+            (len(blocks), n_key_heads),
+            {"query_ptr": query, "key_ptr": key, "value_ptr": value, "out_ptr": out}
+            | {"blocks_ptr": blocks_tensor, "ranges_ptr": ranges_tensor}
+            | {"stride_query_t": query.stride(0), "stride_query_h": query.stride(1)}
+            | {"stride_key_t": key.stride(0), "stride_key_h": key.stride(1)}
+            | {"stride_value_t": value.stride(0), "stride_value_h": value.stride(1)}
+            | {"stride_out_t": out.stride(0), "stride_out_h": out.stride(1)}
+            | {"scale": scale, "softcap": softcap, "window": window},
+            {"HEAD": head, "HEAD_V": head_v, "GROUP": group, "BLOCK_Q": block_q, "BLOCK_K": block_k}
+            | {"BLOCK_D": max(16, triton.next_power_of_2(head)), "BLOCK_DV": max(16, triton.next_power_of_2(head_v))}
+            | {"PRECISION": precision},
+            {"num_warps": num_warps, "num_stages": num_stages},
+        )
+    ]
+
+
+def compute(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> torch.Tensor:
+    """See api.tree_attention."""
+    out, launches = plan(query, key, value, segments, window, softcap, scale, architecture=triton_architecture(query))
+    for launch in launches:
+        launch.run()
+    return out
