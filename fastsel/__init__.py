@@ -1,3 +1,75 @@
-"""fastsel picks the examples worth training on."""
+"""fastsel picks the examples worth training on.
+
+    selection = fastsel.ifd("pool.jsonl", budget="10%")
+
+Nothing is computed here: names resolve when they are first used (PEP 562), so that importing needs neither torch nor time.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what type checkers and editors see; tests/test_public_api.py holds it to the table below
+    from fastsel import io, kernels, selectors
+    from fastsel.errors import FastselError, FastselWarning, InputError, MissingExtraError, RunFailedError, UsageError
+    from fastsel.io import open_pool
+    from fastsel.methods.ifd import ifd
+    from fastsel.methods.length import length
+    from fastsel.methods.perplexity import perplexity
+    from fastsel.methods.random import random
+    from fastsel.methods.scores import scores
+    from fastsel.methods.superfiltering import superfiltering
+    from fastsel.models.loading import load_model
+    from fastsel.selection import Selection
 
 __version__ = "0.1.0"
+
+_MODULES = ("io", "kernels", "selectors")
+_HOMES = {
+    "FastselError": "fastsel.errors",
+    "FastselWarning": "fastsel.errors",
+    "InputError": "fastsel.errors",
+    "MissingExtraError": "fastsel.errors",
+    "RunFailedError": "fastsel.errors",
+    "Selection": "fastsel.selection",
+    "UsageError": "fastsel.errors",
+    "ifd": "fastsel.methods.ifd",
+    "length": "fastsel.methods.length",
+    "load_model": "fastsel.models.loading",
+    "open_pool": "fastsel.io",
+    "perplexity": "fastsel.methods.perplexity",
+    "random": "fastsel.methods.random",
+    "scores": "fastsel.methods.scores",
+    "superfiltering": "fastsel.methods.superfiltering",
+}
+__all__ = [
+    "FastselError",
+    "FastselWarning",
+    "InputError",
+    "MissingExtraError",
+    "RunFailedError",
+    "Selection",
+    "UsageError",
+    "ifd",
+    "io",
+    "kernels",
+    "length",
+    "load_model",
+    "open_pool",
+    "perplexity",
+    "random",
+    "scores",
+    "selectors",
+    "superfiltering",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"fastsel.{name}")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'fastsel' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
