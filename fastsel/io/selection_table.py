@@ -46,7 +46,7 @@ def record_batches(selection: Selection) -> Iterator[pa.RecordBatch]:
     rank[selection.indices] = np.arange(len(selection), dtype=np.int32)
     ids, sources = selection.pool.ids(), selection.pool.sources()
     hashes = np.ascontiguousarray(selection.pool.content_hash).view(np.uint8).reshape(n, 16)
-    noted = np.array(sorted(selection.reasons), np.int64)
+    noted = np.sort(np.fromiter(selection.reasons, np.int64, len(selection.reasons)))
     for start in range(0, n, _ROWS_A_BATCH):
         piece = slice(start, min(start + _ROWS_A_BATCH, n))
         size = piece.stop - start
