@@ -98,7 +98,15 @@ def test_refuses_an_unknown_mode_and_names_the_known_ones():
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.0 s"), (8.44, "8.4 s"), (59.9, "59.9 s"), (59.96, "1 min 0 s"), (60, "1 min 0 s"), (723, "12 min 3 s"), (7500, "2 h 5 min")],
+    [
+        (0.04, "0.0 s"),
+        (8.44, "8.4 s"),
+        (59.9, "59.9 s"),
+        (59.96, "1 min 0 s"),
+        (60, "1 min 0 s"),
+        (723, "12 min 3 s"),
+        (7500, "2 h 5 min"),
+    ],
 )
 def test_durations_read_well(seconds, text):
     assert format_seconds(seconds) == text

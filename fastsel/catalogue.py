@@ -1,0 +1,142 @@
+"""The methods that exist, what each is, and which options it takes: one literal table.
+
+The command line reads its flags and defaults here, so that help needs neither the method's module nor torch;
+tests/test_catalogue.py holds the table to the signatures of the functions.
+"""
+
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+from fastsel.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of `fastsel methods`.
+
+    Attributes:
+        name: the paper's short name; also the function in fastsel and the module in fastsel.methods.
+        title: the paper, or what a baseline does.
+        venue: where it appeared; "baseline" where there is no paper to follow.
+        task_type: what the chosen rows are for, and whether target examples are needed.
+        representation: what is computed for each row.
+        diversity: how near-duplicates are kept apart, if at all.
+        quality: what makes a row rank high.
+        defaults: the options the function takes beside the pool and `budget`, with their defaults.
+        ratio_above_one_is_dropped: for ready-made scores of this kind, rows above 1 are not eligible.
+        largest: True when a high score is kept.
+    """
+
+    name: str
+    title: str
+    venue: str
+    task_type: str
+    representation: str
+    diversity: str
+    quality: str
+    defaults: dict[str, Any] = field(default_factory=dict)
+    ratio_above_one_is_dropped: bool = False
+    largest: bool = True
+    status: str = "available"
+
+    def load(self) -> Any:
+        """The method's function; imports its module."""
+        return getattr(import_module(f"fastsel.methods.{self.name}"), self.name)
+
+
+_CHOICE: dict[str, Any] = {"seed": 0, "per": None}
+_MODEL: dict[str, Any] = {
+    "model": "bundled",
+    "max_length": None,
+    "overflow": "truncate",
+    "turns": "all",
+    "official": False,
+    "device": "auto",
+    "dtype": "auto",
+    "implementation": "auto",
+    "batch_tokens": None,
+}
+
+_ROWS = (
+    Method(
+        name="ifd",
+        title="From Quantity to Quality: Boosting LLM Performance with Self-Guided Data Selection (Cherry LLM)",
+        venue="NAACL 2024",
+        task_type="instruction tuning, no target set",
+        representation="answer loss with and without the instruction",
+        diversity="none (--per source for quotas)",
+        quality="loss ratio: the instruction helps least, up to 1",
+        defaults={**_MODEL, "template": "alpaca", **_CHOICE},
+        ratio_above_one_is_dropped=True,
+    ),
+    Method(
+        name="superfiltering",
+        title="Superfiltering: Weak-to-Strong Data Filtering for Fast Instruction-Tuning",
+        venue="ACL 2024",
+        task_type="instruction tuning, no target set",
+        representation="answer perplexity with and without the instruction, small model",
+        diversity="none (--per source for quotas)",
+        quality="perplexity ratio, up to 1",
+        defaults={**_MODEL, "template": "none", **_CHOICE},
+        ratio_above_one_is_dropped=True,
+    ),
+    Method(
+        name="perplexity",
+        title="Answer perplexity under a model",
+        venue="baseline",
+        task_type="any",
+        representation="answer loss given the instruction",
+        diversity="none (--per source for quotas)",
+        quality="highest perplexity",
+        defaults={**_MODEL, "template": "alpaca", **_CHOICE},
+    ),
+    Method(
+        name="length",
+        title="Longest answers (Long Is More for Alignment)",
+        venue="ICML 2024",
+        task_type="instruction tuning, no target set",
+        representation="length of the answer",
+        diversity="none (--per source for quotas)",
+        quality="longest answer",
+        defaults=dict(_CHOICE),
+    ),
+    Method(
+        name="random",
+        title="Uniform choice without replacement",
+        venue="baseline",
+        task_type="any",
+        representation="none",
+        diversity="by chance",
+        quality="none",
+        defaults=dict(_CHOICE),
+    ),
+    Method(
+        name="scores",
+        title="Scores that the pool already carries (--score-column)",
+        venue="your own",
+        task_type="any",
+        representation="one column of the pool",
+        diversity="none (--per source for quotas)",
+        quality="highest score (--keep lowest turns it round)",
+        defaults={"keep": "highest", "drop_above": None, **_CHOICE},
+    ),
+)
+METHODS: dict[str, Method] = {method.name: method for method in _ROWS}
+
+
+def find_method(name: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        UsageError: there is none; the message lists those that exist, the nearest first.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, METHODS, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UsageError(
+        f"there is no method {name!r}; {hint}The methods are: {', '.join(METHODS)} (see `fastsel methods`)"
+    )

@@ -1,0 +1,233 @@
+"""Every kernel against its reference in float64, on the user's own device: error, time, and how near the machine's
+limits. The limits are measured first, on the same device: a matrix product, and a copy.
+"""
+
+import importlib
+import importlib.util
+import logging
+import pkgutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+
+import fastsel.kernels
+from fastsel.kernels._runtime.dispatch import BY_NAME_ONLY, refusal
+from fastsel.kernels._runtime.testing import assert_as_exact
+from fastsel.progress import progress_bar
+
+# Above these a case is left to slow=True: the float64 reference would take minutes or gigabytes.
+_FLOPS_LIMIT = {"cpu": 3e10, "cuda": 2e12}
+_BYTES_LIMIT = {"cpu": 2e8, "cuda": 4e9}
+_FLOPS_THAT_COUNT = 1e8  # below this, the time is the call's and not the kernel's
+_REPEATS = 5
+_LONGEST_REDUCTION = 4096  # features or keys; it sets the floor of the tolerance
+logger = logging.getLogger("fastsel")
+
+
+@dataclass(frozen=True)
+class CheckFinding:
+    """One case of one kernel, run by one implementation.
+
+    Attributes:
+        kernel, implementation, case, dtype: what ran.
+        error: largest difference from the float64 reference.
+        problem: None when it is within the tolerance; else what is wrong.
+        milliseconds: median of five runs.
+        gflops: floating-point operations a second, in thousand millions; None where the case is too small to tell.
+        roofline_share: time that the arithmetic and the memory need at least, over the time taken; None likewise.
+    """
+
+    kernel: str
+    implementation: str
+    case: str
+    dtype: str
+    error: float
+    problem: str | None
+    milliseconds: float
+    gflops: float | None
+    roofline_share: float | None
+
+
+@dataclass(frozen=True)
+class KernelFinding:
+    """Which implementation of one kernel runs on a device.
+
+    Attributes:
+        kernel: its name.
+        chosen: what "auto" takes, or None.
+        refusals: implementation -> why it cannot run.
+    """
+
+    kernel: str
+    chosen: str | None
+    refusals: dict[str, str]
+
+
+def kernel_names() -> list[str]:
+    """The folders of fastsel.kernels that hold an operation."""
+    found = [module.name for module in pkgutil.iter_modules(fastsel.kernels.__path__) if module.ispkg]
+    return [name for name in sorted(found) if importlib.util.find_spec(f"fastsel.kernels.{name}.cases") is not None]
+
+
+def who_runs(kernel: str, device: torch.device) -> KernelFinding:
+    """Ask each implementation whether it takes a small float32 input; nothing is computed."""
+    cases = _part(kernel, "cases")
+    inputs = cases.make_inputs(cases.CASES["tiny"], torch.float32, device)
+    chosen, refusals = None, {}
+    for name, module in _part(kernel, "api").IMPLEMENTATIONS.items():
+        reason, _ = refusal(name, module, inputs)
+        if reason is not None:
+            refusals[name] = reason
+        elif chosen is None and name not in BY_NAME_ONLY:
+            chosen = name
+    return KernelFinding(kernel, chosen, refusals)
+
+
+def check_kernels(
+    kernels: list[str], device: torch.device, *, slow: bool = False, progress: str = "auto"
+) -> tuple[list[CheckFinding], dict[str, float]]:
+    """Run every case of these kernels by every implementation that takes it.
+
+    Args:
+        kernels: names from kernel_names().
+        device: where.
+        slow: the large cases too.
+        progress: see fastsel.progress.
+
+    Returns:
+        One finding a run, and the device's measured rates by name.
+    """
+    dtypes = [torch.float32] if device.type == "cpu" else [torch.float32, torch.bfloat16, torch.float16]
+    rates = {f"{_short(dtype)} GEMM GFLOP/s": _gemm_gflops(dtype, device) for dtype in dtypes}
+    rates["copy GB/s"] = _copy_gb_s(device)
+    findings: list[CheckFinding] = []
+    jobs = [job for name in kernels for job in _jobs(name, dtypes, device, slow)]
+    with progress_bar(len(jobs), unit="case", mode=progress, description="checking kernels") as bar:
+        for kernel, case, dtype in jobs:
+            findings += _check_case(kernel, case, dtype, device, rates)
+            bar.update(1)
+    return findings, rates
+
+
+def _part(kernel: str, name: str) -> Any:
+    return importlib.import_module(f"fastsel.kernels.{kernel}.{name}")
+
+
+def _jobs(
+    kernel: str, dtypes: list[torch.dtype], device: torch.device, slow: bool
+) -> Iterator[tuple[str, Any, torch.dtype]]:
+    cases = _part(kernel, "cases")
+    for case in cases.CASES.values():
+        flops, n_bytes = cases.cost(case)
+        if slow or (flops <= _FLOPS_LIMIT[device.type] and n_bytes <= _BYTES_LIMIT[device.type]):
+            for dtype in dtypes:
+                yield kernel, case, dtype
+
+
+@torch.inference_mode()
+def _check_case(
+    kernel: str, case: Any, dtype: torch.dtype, device: torch.device, rates: dict[str, float]
+) -> Iterator[CheckFinding]:
+    cases, implementations = _part(kernel, "cases"), _part(kernel, "api").IMPLEMENTATIONS
+    inputs = cases.make_inputs(case, dtype, device)
+    reference = _part(kernel, "reference").compute
+    exact_inputs = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+    truth, plain = reference(*exact_inputs), reference(*inputs)
+    flops, n_bytes = cases.cost(case)
+    n_bytes *= dtype.itemsize / 4
+    floor = max(flops / 1e9 / rates[f"{_short(dtype)} GEMM GFLOP/s"], n_bytes / 1e9 / rates["copy GB/s"])
+    for name, path in implementations.items():
+        if name in BY_NAME_ONLY:
+            continue
+        reason, module = refusal(name, path, inputs)
+        if module is None:
+            logger.debug("%s %s %s %s: %s", kernel, name, case.name, dtype, reason)
+            continue
+        compute = partial(module.compute, *inputs)
+        error, problem = _compare(compute(), truth, plain)
+        seconds = _seconds(compute, device)
+        counts = flops >= _FLOPS_THAT_COUNT
+        yield CheckFinding(
+            kernel=kernel,
+            implementation=name,
+            case=case.name,
+            dtype=_short(dtype),
+            error=error,
+            problem=problem,
+            milliseconds=seconds * 1e3,
+            gflops=flops / seconds / 1e9 if counts else None,
+            roofline_share=floor / seconds if counts else None,
+        )
+
+
+def _compare(got: Any, truth: Any, plain: Any) -> tuple[float, str | None]:
+    """Largest error over all outputs, and what is out of tolerance."""
+    largest, problem = 0.0, None
+    for name, ours, exact, same_dtype in _outputs(got, truth, plain):
+        if not ours.is_floating_point():  # an index may differ where two values tie to the last bit
+            differing = int((ours != exact).sum())
+            if differing > max(1, ours.numel() // 100):
+                problem = f"{name}: {differing} of {ours.numel()} indices differ"
+            continue
+        finite = torch.isfinite(ours) & torch.isfinite(exact)
+        if bool(finite.any()):
+            largest = max(largest, (ours.double() - exact)[finite].abs().max().item())
+        try:
+            assert_as_exact(ours, exact, same_dtype, reduction_length=_LONGEST_REDUCTION, what=name)
+        except AssertionError as failure:
+            problem = str(failure)
+    return largest, problem
+
+
+def _outputs(got: Any, truth: Any, plain: Any) -> Iterator[tuple[str, Any, Any, Any]]:
+    if isinstance(got, torch.Tensor):
+        yield "output", got, truth, plain
+        return
+    fields = got.items() if isinstance(got, dict) else enumerate(got)
+    for key, value in fields:
+        if isinstance(value, torch.Tensor):
+            yield str(key), value, truth[key], plain[key]
+
+
+def _seconds(compute: Callable[[], Any], device: torch.device) -> float:
+    """Median of five runs; the first, uncounted one was the comparison."""
+    taken = []
+    for _ in range(_REPEATS):
+        _wait(device)
+        started = time.perf_counter()
+        compute()
+        _wait(device)
+        taken.append(time.perf_counter() - started)
+        if sum(taken) > 10:
+            break
+    return median(taken)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _gemm_gflops(dtype: torch.dtype, device: torch.device) -> float:
+    size = 1024 if device.type == "cpu" else 4096
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    multiply = partial(torch.matmul, a, b)
+    multiply()
+    return 2 * size**3 / _seconds(multiply, device) / 1e9
+
+
+def _copy_gb_s(device: torch.device) -> float:
+    source = torch.zeros(2**24 if device.type == "cpu" else 2**27, device=device)
+    target = torch.zeros_like(source)
+    copy = partial(target.copy_, source)
+    copy()
+    return 2 * source.numel() * 4 / _seconds(copy, device) / 1e9
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

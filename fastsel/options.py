@@ -1,0 +1,241 @@
+"""Every option of a run, once: its flag, its YAML key, what values it takes, and its line of help.
+
+Flags, `--set`, YAML and the printed configuration are all made from this table. `read` turns whatever was written
+(a string from the command line, a number from YAML) into the one value that stands in the resolved configuration, and
+is idempotent, so that a printed configuration reads back to itself.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastsel.errors import UsageError
+
+Reader = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option.
+
+    Attributes:
+        name: the key in YAML and the keyword of the API.
+        group: heading in the help and in the printed configuration.
+        help: one line; `fastsel select METHOD --help` appends the method's default.
+        read: raw value -> value, or ValueError with what is wanted.
+        metavar: what stands behind the flag in the help; None for a switch.
+        many: the flag takes one or more words.
+        default: for options that belong to the run and not to the method.
+        shapes_result: False when the option cannot change a byte of the chosen rows or of the score files.
+        short: a one-letter flag.
+    """
+
+    name: str
+    group: str
+    help: str
+    read: Reader
+    metavar: str | None = None
+    many: bool = False
+    default: Any = None
+    shapes_result: bool = True
+    short: str | None = None
+
+    @property
+    def flag(self) -> str:
+        """The long flag."""
+        return "--" + self.name.replace("_", "-")
+
+
+def _text(raw: Any) -> str:
+    if not isinstance(raw, str) or not raw:
+        raise ValueError("wants a text")
+    return raw
+
+
+def _whole(least: int) -> Reader:
+    def read(raw: Any) -> int:
+        wanted = f"wants a whole number, {least} or more"
+        if isinstance(raw, bool) or not isinstance(raw, int | str):
+            raise ValueError(wanted)
+        try:
+            value = int(raw)
+        except ValueError:
+            raise ValueError(wanted) from None
+        if value < least:
+            raise ValueError(wanted)
+        return value
+
+    return read
+
+
+def _share(raw: Any) -> float:
+    try:
+        value = float(raw)
+    except (TypeError, ValueError):
+        raise ValueError("wants a share from 0 to 1") from None
+    if isinstance(raw, bool) or not 0 <= value <= 1:
+        raise ValueError("wants a share from 0 to 1")
+    return value
+
+
+def _number(raw: Any) -> float:
+    try:
+        if isinstance(raw, bool):
+            raise TypeError
+        return float(raw)
+    except (TypeError, ValueError):
+        raise ValueError("wants a number") from None
+
+
+def _one_of(*choices: str) -> Reader:
+    def read(raw: Any) -> str:
+        if raw not in choices:
+            raise ValueError("is one of: " + ", ".join(choices))
+        return str(raw)
+
+    return read
+
+
+def _some_of(*choices: str) -> Reader:
+    def read(raw: Any) -> list[str]:
+        words = raw if isinstance(raw, list) else [raw]
+        names = [name for word in words for name in str(word).split(",") if name]
+        unknown = [name for name in names if name not in choices]
+        if unknown:
+            raise ValueError("takes any of: " + ", ".join(choices))
+        return [name for name in choices if name in names]
+
+    return read
+
+
+def _yes_no(raw: Any) -> bool:
+    if not isinstance(raw, bool):
+        raise ValueError("is true or false")
+    return raw
+
+
+def _paths(raw: Any) -> list[str]:
+    paths = raw if isinstance(raw, list) else [raw]
+    if not paths or not all(isinstance(path, str) and path for path in paths):
+        raise ValueError("wants one or more paths")
+    return paths
+
+
+def _mapping(raw: Any) -> dict[str, Any]:
+    pairs: list[tuple[Any, ...]]
+    if isinstance(raw, dict):
+        pairs = list(raw.items())
+    else:
+        words = raw if isinstance(raw, list) else str(raw).split()
+        pairs = [tuple(str(word).split("=", 1)) for word in words]
+    if not all(len(pair) == 2 and pair[0] and pair[1] for pair in pairs):
+        raise ValueError("wants KEY=COLUMN pairs, as in messages=dialogs")
+    return dict(pairs)
+
+
+def _budget(raw: Any) -> str:
+    """One way of writing each budget, so that 0.1 and 10% are the same request."""
+    from decimal import Decimal
+
+    from fastsel.budget import Budget  # needs numpy, which help does without
+
+    budget = Budget.parse(raw)
+    if budget.unit == "share":
+        return f"{Decimal(budget.amount.numerator) * 100 / Decimal(budget.amount.denominator):f}%"
+    return f"{budget.amount}{'tok' if budget.unit == 'tokens' else ''}"
+
+
+def _per(raw: Any) -> Any:
+    from fastsel.budget import parse_quotas
+
+    parse_quotas(raw)
+    return raw
+
+
+def _format(raw: Any) -> str:
+    from fastsel.io.layout_options import read_layout_options
+
+    return read_layout_options(_text(raw)).format
+
+
+FORMATS = "messages, prompt_completion, alpaca, sharegpt, tulu, mig, oda, text"
+ALSO = ("oda", "dataflex", "instructlab", "less")
+IMPLEMENTATIONS = ("auto", "triton", "native", "torch", "reference")
+
+POOL, CHOICE, MODEL, MACHINE, OUTPUT = "pool", "choice", "model", "machine", "output"
+GROUPS = {
+    POOL: "the pool",
+    CHOICE: "how many, and which",
+    MODEL: "the model and how it reads a row",
+    MACHINE: "where and how fast",
+    OUTPUT: "the output folder",
+}
+
+_ROWS = (
+    Option(
+        "pool", POOL, "jsonl[.gz|.zst], json, parquet, arrow, a save_to_disk folder, or a quoted glob of shards",
+        _paths, "PATH", many=True, shapes_result=False,  # what they hold is in the request by its hash
+    ),
+    Option("format", POOL, "force a layout; detected per row otherwise: " + FORMATS,
+           _format, "NAME", default="auto"),
+    Option("columns", POOL, "where the fields are: messages=dialogs prompt=question response=answer",
+           _mapping, "KEY=COLUMN", many=True),
+    Option("tags", POOL, "the words inside messages: role_tag=role user_tag=human assistant_tag=gpt",
+           _mapping, "KEY=WORD", many=True),
+    Option("score_column", POOL, "take ready scores from this column, as processed_scores.IFD; no model is needed",
+           _text, "COLUMN"),
+    Option("limit", POOL, "read only the first N rows", _whole(1), "N"),
+    Option("on_error", POOL, "a line that cannot be read: skip it with a reason, or fail",
+           _one_of("skip", "fail"), "WHAT", default="skip"),
+    Option("max_error_rate", POOL, "stop with exit code 1 when more than this share of lines cannot be read",
+           _share, "SHARE", default=0.01),
+    Option("budget", CHOICE, "10%% or 0.1 of the pool's rows, 1000 rows, or 2Mtok tokens (1 is one row, 1.0 is all)",
+           _budget, "N", default="10%"),
+    Option("per", CHOICE, "source (each keeps its share), source=equal, or weights: source=code:2,math:1",
+           _per, "QUOTA"),
+    Option("keep", CHOICE, "highest or lowest scores", _one_of("highest", "lowest"), "WHICH"),
+    Option("drop_above", CHOICE, "rows with a higher score are not eligible (1 for IFD)", _number, "SCORE"),
+    Option("seed", CHOICE, "for what is drawn at random", _whole(0), "N", default=0),
+    Option("model", MODEL, "bundled, a Hugging Face id, a folder, a .gguf file, or a peft adapter folder",
+           _text, "MODEL"),
+    Option("template", MODEL, "auto, tokenizer, none, alpaca, tulu, or a Jinja file", _text, "TEMPLATE"),
+    Option("max_length", MODEL, "longest row in tokens", _whole(1), "N"),
+    Option("overflow", MODEL, "a longer row: truncate, skip or error",
+           _one_of("truncate", "skip", "error"), "WHAT"),
+    Option("turns", MODEL, "answers of a multi-turn row that count: all or last", _one_of("all", "last"), "WHICH"),
+    Option("official", MODEL, "the authors' released code, quirks included (to compare with published numbers)",
+           _yes_no),
+    Option("device", MACHINE, "auto, cpu, cuda or cuda:1", _text, "DEVICE"),
+    Option("dtype", MACHINE, "auto, float32, bfloat16 or float16", _text, "DTYPE"),
+    Option("implementation", MACHINE, "of the kernels: " + ", ".join(IMPLEMENTATIONS),
+           _one_of(*IMPLEMENTATIONS), "NAME"),
+    Option("batch_tokens", MACHINE, "tokens in one forward pass; lower it when memory is short", _whole(1), "N"),
+    Option("output", OUTPUT, "a new or empty folder; an unfinished run in it goes on", _text, "DIR", short="-o",
+           shapes_result=False),
+    Option("order", OUTPUT, "of the chosen rows: pool or rank", _one_of("pool", "rank"), "WHICH", default="pool"),
+    Option("also", OUTPUT, "write for other tools too: " + ", ".join(ALSO), _some_of(*ALSO), "TOOL", many=True),
+    Option("annotate", OUTPUT, "put each row's scores into the row, under the key `fastsel`", _yes_no, default=False),
+    Option("report", OUTPUT, "write report.html", _yes_no, default=True),
+)  # fmt: skip
+OPTIONS: dict[str, Option] = {option.name: option for option in _ROWS}
+# What the function of a method is not handed: it belongs to the pool, to the folder, or to the run.
+NOT_THE_METHODS_OWN = frozenset(option.name for option in _ROWS if option.group in (POOL, OUTPUT))
+
+
+def read_value(name: str, raw: Any, origin: str) -> Any:
+    """The value of one option; None stays None (an option that is not set).
+
+    Raises:
+        UsageError: the value does not fit; names the flag and where the value stood.
+    """
+    if raw is None:
+        return None
+    option = OPTIONS[name]
+    try:
+        return option.read(raw)
+    except UsageError:
+        raise
+    except ValueError as error:
+        shown = " ".join(map(str, raw)) if isinstance(raw, list) else raw
+        where = "" if origin == "flags" else f" (from {origin})"
+        raise UsageError(f"{option.flag} {error}; got {shown!r}{where}") from None
