@@ -54,8 +54,8 @@ class Example:
 def well_formed(text: str) -> str:
     r"""The text with surrogate pairs joined and each lone surrogate replaced by U+FFFD, as UTF-8 encoders do.
 
-    JSON may hold "\ud800", which no tokenizer and no hash can take. Scores and hashes see the replacement; the row that is
-    written when it is selected keeps its own bytes.
+    JSON may hold "\ud800", which no tokenizer and no hash can take. Scores and hashes see the replacement; the row that
+    is written when it is selected keeps its own bytes.
     """
     if text.isascii():
         return text

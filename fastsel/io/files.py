@@ -48,10 +48,10 @@ class HashingFile:
     """A binary file that takes the SHA-256 of what is read from it, so that a pool is read once and not twice."""
 
     def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = open(path, "rb")  # noqa: SIM115  (closed by close())
+        self._file: BinaryIO = open(path, "rb")  # noqa: SIM115  (closed on exit)
         self._hasher = hashlib.sha256()
         self.position = 0
-        self.closed = False
+        self.closed = False  # pyarrow asks
 
     def read(self, size: int = -1) -> bytes:
         """The next bytes of the file, as stored."""
@@ -67,9 +67,13 @@ class HashingFile:
         return self._hasher.hexdigest()
 
     def close(self) -> None:
-        """Close the file."""
+        """Left to the `with` block: a decompressor closes what it reads from, and the rest is still to be hashed."""
+
+    def __enter__(self) -> "HashingFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._file.close()
-        self.closed = True
 
 
 def compression(path: Path) -> str | None:
@@ -97,8 +101,8 @@ def blocks(stream: Any, path: Path, done: int = 0) -> Iterator[bytes]:
             block = stream.read(BLOCK_BYTES)
         except OSError as error:
             raise InputError(
-                f"{path}: cannot be decompressed after {done:,} bytes of content ({error}); the file is damaged or was not "
-                "copied to its end"
+                f"{path}: cannot be decompressed after {done:,} bytes of content ({error}); the file is damaged or was "
+                "not copied to its end"
             ) from error
         if not block:
             return

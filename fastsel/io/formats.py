@@ -1,9 +1,9 @@
-"""From a row of any known layout to an Example: detection per row, roles, answers, and a reason when a row cannot be used.
+"""From a row of any known layout to an Example: detection per row, roles, answers, and a reason for rows without use.
 
 A row is tried as a conversation first (`messages`, `conversations`, `dialogs`), then as a flat row (`instruction` and
-`output`, `prompt` and `completion`, `text`). A conversation may be of any length and may repeat a role; it must end with a
-message of the assistant that is not blank, and have a user or tool message before it. Nothing is repaired: what does not
-fit is reported with a reason.
+`output`, `prompt` and `completion`, `text`). A conversation may be of any length and may repeat a role; it must end
+with a message of the assistant that is not blank, and have a user or tool message in it. Nothing is repaired: what
+does not fit is reported with a reason.
 """
 
 import difflib
@@ -29,8 +29,12 @@ class UnusableRow(Exception):
         self.recognised = recognised
 
 
+class AmbiguousRow(UnusableRow):
+    """A row of two layouts that say different things."""
+
+
 def lookup(row: Mapping[str, Any], path: str) -> Any:
-    """The value of a column, or of a dotted path into nested objects (`processed_scores.IFD`); None if there is none."""
+    """The value of a column, or of a dotted path into nested objects (`processed_scores.IFD`); None if not there."""
     if path in row or "." not in path:
         return row.get(path)
     value: Any = row
@@ -94,7 +98,7 @@ class RowReader:
             return found[0]
         if found:
             both = " and as ".join(example.layout for example in found)
-            raise UnusableRow(f"the row can be read as {both}; say which with --format", recognised=False)
+            raise AmbiguousRow(f"the row can be read as {both}; say which with --format", recognised=False)
         raise problem or UnusableRow(f"no known layout: the row's keys are {_listed(row)}", recognised=False)
 
     def id_and_source(self, row: object) -> tuple[str | None, str | None]:
@@ -116,7 +120,11 @@ class RowReader:
         trained: tuple[int, ...] | None = None
         if training_key is not None:
             marks = [bool(turn.get(training_key, True)) for turn in turns]  # type: ignore[attr-defined]
-            trained = tuple(i for i, (mark, turn) in enumerate(zip(marks, messages, strict=True)) if mark and turn.role == "assistant")
+            trained = tuple(
+                i
+                for i, (mark, turn) in enumerate(zip(marks, messages, strict=True))
+                if mark and turn.role == "assistant"
+            )
             if not trained:
                 raise UnusableRow(f"no message of the assistant has {training_key}: true")
         system = self._optional_text(row, self._system)
@@ -245,9 +253,12 @@ class RowReader:
         if tools is not None and not isinstance(tools, str):
             tools = json.dumps(tools, ensure_ascii=False, default=str) if tools else None
         tools = well_formed(tools) if tools else None
-        return Example(
-            row_id, "ok", None, own_id, source, layout, tuple(messages), instruction, input, tools, trained
-        )
+        return Example(row_id, "ok", None, own_id, source, layout, tuple(messages), instruction, input, tools, trained)
+
+
+def first_keys(row: object) -> str:
+    """The keys of the first row, for a message."""
+    return f"the first row's keys are {_listed(row)}" if isinstance(row, Mapping) else f"the first row is {_kind(row)}"
 
 
 def unknown_layout(row: object) -> str:
@@ -255,7 +266,7 @@ def unknown_layout(row: object) -> str:
     if not isinstance(row, Mapping):
         return f"the first row is {_kind(row)}, not an object with named fields"
     keys = [str(key) for key in row]
-    text = f"the first row's keys are {_listed(row)}; "
+    text = first_keys(row) + "; "
     prompt = next((key for word in _PROMPT_WORDS for key in keys if key.lower() == word), None)
     answer = next((key for word in _ANSWER_WORDS for key in keys if key.lower() == word), None)
     conversation = next((key for key in keys if isinstance(row[key], list) and row[key]), None)
@@ -358,4 +369,6 @@ def _listed(row: Mapping[str, Any]) -> str:
 
 
 def _nearness(keys: list[str], columns: Iterable[str]) -> float:
-    return max((difflib.SequenceMatcher(None, key.lower(), name).ratio() for key in keys for name in columns), default=0)
+    return max(
+        (difflib.SequenceMatcher(None, key.lower(), name).ratio() for key in keys for name in columns), default=0
+    )

@@ -1,12 +1,14 @@
 """A pool: every row of the user's data, once hashed and judged, then read again as often as needed."""
 
 import json
+import math
 from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from decimal import Decimal
 from importlib import resources
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,17 +18,21 @@ import pyarrow as pa
 import xxhash
 
 from fastsel.errors import InputError, MissingExtraError, RunFailedError, UsageError
+from fastsel.io.dataset_info import names_entry, read_entry
 from fastsel.io.examples import ERROR, OK, SKIPPED, STATUS, Example, content_hash
 from fastsel.io.files import InputFile
-from fastsel.io.formats import RowReader, UnusableRow, lookup, unknown_layout
+from fastsel.io.formats import AmbiguousRow, RowReader, UnusableRow, first_keys, lookup, unknown_layout
 from fastsel.io.layout_options import Words, read_layout_options
 from fastsel.io.readers import Source, open_source
+from fastsel.io.tables import Tables
 from fastsel.io.text_files import Unreadable
 from fastsel.progress import progress_bar
 
+RowIds = Sequence[int] | npt.NDArray[np.int64]
+
 _ROWS_A_BLOCK = 4096
 _CHUNK_BYTES = 1 << 25
-_ROWS_BEFORE_GIVING_UP = 10_000  # on a pool none of whose rows has a known layout
+_ROWS_BEFORE_GIVING_UP = 10_000  # on a pool in which no row has had a known layout
 _HASH_BYTES = 16
 
 
@@ -36,7 +42,7 @@ def bundled_pool_path() -> Path:
 
 
 class Reasons(Mapping[int, str]):
-    """Row number -> why the row is not ok. Kept as numbers and a few distinct texts, since any share of a pool may be bad."""
+    """Row number -> why the row is not ok. Kept as numbers and few distinct texts: any share of a pool may be bad."""
 
     def __init__(self) -> None:
         self._rows = array("q")
@@ -143,16 +149,16 @@ class Pool:
         if chunk:
             yield chunk
 
-    def examples(self, row_ids: Sequence[int] | npt.NDArray[np.int64]) -> list[Example]:
+    def examples(self, row_ids: RowIds) -> list[Example]:
         """The examples with these row numbers, in the order asked."""
         wanted = self._checked(row_ids)
         return [self._example(value, row) for value, row in zip(self._source.rows(wanted), wanted, strict=True)]
 
-    def rows(self, row_ids: Sequence[int] | npt.NDArray[np.int64]) -> list[Any]:
+    def rows(self, row_ids: RowIds) -> list[Any]:
         """The user's own rows as Python values, in the order asked."""
         return self._source.rows(self._checked(row_ids))
 
-    def write_rows(self, row_ids: Sequence[int] | npt.NDArray[np.int64], path: str | Path) -> Path:
+    def write_rows(self, row_ids: RowIds, path: str | Path) -> Path:
         """Write the user's own rows, in the order asked.
 
         Args:
@@ -160,7 +166,7 @@ class Pool:
             path: where to; its suffix is set to the pool's kind: .jsonl for text and lists, .parquet for tables.
 
         Returns:
-            The path written. JSONL rows are the lines' own bytes, without line ends; of other formats the values are equal.
+            The path written. JSONL rows are the lines' own bytes without line ends; others have equal values.
         """
         path = Path(path)
         if path.suffix in (".jsonl", ".json", ".parquet"):
@@ -169,7 +175,7 @@ class Pool:
         self._source.write(self._checked(row_ids), path)
         return path
 
-    def dataset(self, row_ids: Sequence[int] | npt.NDArray[np.int64]) -> Any:
+    def dataset(self, row_ids: RowIds) -> Any:
         """The user's own rows as a datasets.Dataset.
 
         Raises:
@@ -179,15 +185,19 @@ class Pool:
             import datasets
         except ImportError as error:
             raise MissingExtraError("making a datasets.Dataset", "datasets", "hf") from error
+        if isinstance(self._source, Tables):
+            return datasets.Dataset(self._source.take(self._checked(row_ids)))
         rows = self.rows(row_ids)
         keys = dict.fromkeys(key for row in rows for key in row)  # Dataset.from_list takes the first row's keys only
         return datasets.Dataset.from_dict({key: [row.get(key) for row in rows] for key in keys})
 
-    def _checked(self, row_ids: Sequence[int] | npt.NDArray[np.int64]) -> list[int]:
-        rows = [int(row) for row in row_ids]
-        if rows and not (0 <= min(rows) and max(rows) < len(self)):
-            raise IndexError(f"row numbers must lie in 0..{len(self) - 1}, got {min(rows)}..{max(rows)}")
-        return rows
+    def _checked(self, row_ids: RowIds) -> Sequence[int]:
+        wanted = np.asarray(row_ids)
+        if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
+            raise TypeError(f"row numbers must be one list of integers, got {wanted.dtype} of shape {wanted.shape}")
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
+            raise IndexError(f"row numbers must lie in 0..{len(self) - 1}, got {wanted.min()}..{wanted.max()}")
+        return array("q", wanted.astype(np.int64).tobytes())  # 8 bytes a row where a list takes 40
 
     def _example(self, value: object, row_id: int) -> Example:
         code = int(self.status[row_id])
@@ -253,26 +263,34 @@ def open_pool(
     """Read a pool once: judge every row, hash it, and keep where it lies.
 
     Args:
-        source: a path, a glob, a list of paths, a table or data set in memory, a list of dicts, or a Pool (returned as it is).
+        source: a path, a glob, a list of paths, `dataset_info.json#NAME`, a table or data set in memory, a list of
+            dicts, or a Pool (returned as it is).
         format: force one layout (see layout_options.FORMATS) instead of detecting it per row.
         columns, tags: names of columns and of the words inside messages; a mapping, or WORD=NAME pairs.
         limit: take the first rows only.
-        score_column: a column of ready scores, dotted for nested ones (`processed_scores.IFD`); a row without a finite number
-            there is skipped.
+        score_column: a column of ready scores, dotted for nested ones (`processed_scores.IFD`); a row without a finite
+            number there is skipped.
         on_error: "fail" stops at the first line that cannot be read.
         max_error_rate: the share of such lines above which the run stops, once all are read.
         progress: how to show progress, see fastsel.progress.
 
     Returns:
-        The pool. Every non-blank line is one of its rows, whatever is wrong with it: rows that cannot be used are "skipped",
-        lines that cannot be read are "error", both with a reason that names the line.
+        The pool. Every non-blank line is one of its rows, whatever is wrong with it: rows that cannot be used are
+        "skipped", lines that cannot be read are "error", both with a reason that names the line.
 
     Raises:
         InputError: no such file, no rows, or rows of no known layout.
         RunFailedError: too many lines that cannot be read, or one with on_error="fail".
     """
     if isinstance(source, Pool):
+        if format != "auto" or columns or tags or limit is not None or score_column is not None:
+            raise UsageError(f"{source.name} is an open pool: give the pool options where it is opened")
         return source
+    if names_entry(source):
+        entry = read_entry(source)
+        format = entry.format if format == "auto" else format
+        columns, tags = columns or entry.columns, tags or entry.tags
+        source = entry.paths()
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, got {limit}")
     options = read_layout_options(format, columns, tags)
@@ -281,8 +299,8 @@ def open_pool(
     index = _Index(score_column)
     first_row: object = None
     recognised = 0
-    with ExitStack() as stack:
-        bar = stack.enter_context(progress_bar(rows.total, rows.unit, mode=progress, description=f"reading {name}"))
+    ambiguous = ""
+    with progress_bar(rows.total, rows.unit, mode=progress, description=f"reading {name}") as bar:
         for row_id, (value, place) in enumerate(rows.scan(limit)):
             if row_id % _ROWS_A_BLOCK == 0:
                 bar.update(rows.done - bar.done)
@@ -300,6 +318,8 @@ def open_pool(
                 score = _score(value, score_column) if score_column is not None else np.nan
             except UnusableRow as unusable:
                 recognised += unusable.recognised
+                if isinstance(unusable, AmbiguousRow):
+                    ambiguous = unusable.reason
                 index.reasons.add(row_id, place, unusable.reason)
                 index.add(SKIPPED, bytes(_HASH_BYTES), *reader.id_and_source(value), np.nan)
                 if not recognised and row_id + 1 >= _ROWS_BEFORE_GIVING_UP:
@@ -312,7 +332,8 @@ def open_pool(
         raise InputError(f"{name} has no rows")
     _check_errors(name, index, max_error_rate)
     if not recognised:
-        raise InputError(f"{name}: the layout is not known: {unknown_layout(first_row)}")
+        problem = f"{ambiguous}; {first_keys(first_row)}" if ambiguous else unknown_layout(first_row)
+        raise InputError(f"{name}: the layout is not known: {problem}")
     return _pool(rows, name, reader, index, json.dumps([format, repr(options), score_column]))
 
 
@@ -342,11 +363,15 @@ def _score(row: Any, column: str) -> float:
     value = lookup(row, column)
     if value is None:
         raise UnusableRow(f"there is no score in {column}")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
         raise UnusableRow(f"the score in {column} is not a number: {str(value)[:40]!r}")
-    if not np.isfinite(value):
-        raise UnusableRow(f"the score in {column} is {value}")
-    return float(value)
+    try:
+        score = float(value)
+    except OverflowError:
+        score = math.inf
+    if not math.isfinite(score):
+        raise UnusableRow(f"the score in {column} is {score}")
+    return score
 
 
 def _check_errors(name: str, index: _Index, max_error_rate: float) -> None:
@@ -354,6 +379,6 @@ def _check_errors(name: str, index: _Index, max_error_rate: float) -> None:
     if errors > max_error_rate * len(index.status):
         first = next(row for row, code in enumerate(index.status) if code == ERROR)
         raise RunFailedError(
-            f"{name}: {errors:,} of {len(index.status):,} lines cannot be read, more than --max-error-rate {max_error_rate:g} "
-            f"allows; the first: {index.reasons[first]}"
+            f"{name}: {errors:,} of {len(index.status):,} lines cannot be read, more than --max-error-rate "
+            f"{max_error_rate:g} allows; the first: {index.reasons[first]}"
         )

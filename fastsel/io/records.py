@@ -12,7 +12,7 @@ from fastsel.io.files import InputFile
 
 
 def as_json(row: object) -> str:
-    """The row as one line of JSON. What JSON has no word for (dates, bytes) becomes text, numpy values plain numbers."""
+    """The row as a line of JSON. What JSON has no word for (dates, bytes) becomes text, numpy values plain numbers."""
     try:
         text = json.dumps(row, ensure_ascii=False, default=_plain)
         text.encode()
@@ -72,7 +72,7 @@ class Records:
         self.inputs.append(entry)
         for row in self._rows[:limit]:
             digest.update(row)
-            yield row, f"line {self.done + 1}"
+            yield row, f"row_id {self.done}"
             self.done += 1
         entry.rows, entry.sha256, self.digest = self.done, digest.sha256, digest.xxh3
 

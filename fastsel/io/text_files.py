@@ -19,7 +19,7 @@ _ROWS_A_PASS = 1 << 16
 
 
 class Piece(NamedTuple):
-    """The bytes of one row in a file: where they begin, on which line (from 1), and the bytes without their line end."""
+    """The bytes of one row in a file: where they begin, on which line (from 1), and the bytes, without a line end."""
 
     offset: int
     line: int
@@ -90,8 +90,8 @@ def parse(raw: bytes) -> object:
 class TextFiles:
     """Rows of JSON Lines or JSON-array files.
 
-    The first pass (scan) keeps the byte offset of each row; later reads go there, or, in a compressed file, stream up to
-    it.
+    The first pass (scan) keeps the byte offset of each row; later reads go there, or, in a compressed file, stream up
+    to it.
     """
 
     suffix = ".jsonl"
@@ -129,8 +129,7 @@ class TextFiles:
             entry = InputFile(str(path))
             self.inputs.append(entry)
             place = f"{path}, line" if several else "line"
-            file = HashingFile(path)
-            try:
+            with HashingFile(path) as file:
                 for offset, line, raw in self._pieces(path, file):
                     offsets.append(offset)
                     digest.update(raw)
@@ -142,8 +141,6 @@ class TextFiles:
                         break
                 else:
                     entry.sha256 = file.sha256_of_all()
-            finally:
-                file.close()
         self.digest = digest.hexdigest()
 
     def _pieces(self, path: Path, file: HashingFile) -> Iterator[Piece]:
@@ -167,6 +164,8 @@ class TextFiles:
         with open(path, "wb") as out:
             for block in range(0, len(row_ids), _ROWS_A_PASS):
                 for raw in self._raw_rows(row_ids[block : block + _ROWS_A_PASS]):
+                    if b"\n" in raw:  # an array element over several lines; inside a JSON string no line end can stand
+                        raw = b"".join(part.strip() for part in raw.split(b"\n"))
                     out.write(raw)
                     out.write(b"\n")
 
