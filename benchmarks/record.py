@@ -25,30 +25,28 @@ def latest_run() -> Path:
 
 
 def rows(run: dict, first: int, note: str) -> list[dict]:
-    """One row for each benchmark of a run that was made with the fixture `compare`."""
+    """One row for each benchmark that says what it measures; those without a peer leave its columns empty."""
     commit, cpu = run["commit_info"], run["machine_info"]["cpu"]
     found = []
     for benchmark in run["benchmarks"]:
         info, ours = benchmark["extra_info"], benchmark["stats"]["median"]
-        if "peer_s" not in info:
+        if "op" not in info:
             continue
         measured = {
             "row": first + len(found),
             "date": run["datetime"][:16],
             "commit": str(commit.get("id", "unknown"))[:9] + ("+" if commit.get("dirty") else ""),
             "machine": f"{cpu.get('brand_raw', 'unknown')} x{cpu.get('count', '?')}",
-            "ratio": f"{info['peer_s'] / ours:.3f}",
-            "ratio_cpu": f"{info['peer_cpu_s'] / info['our_cpu_s']:.3f}",
             "rounds": benchmark["stats"]["rounds"],
             "our_s": f"{ours:.4g}",
-            "note": note,
         }
-        seconds = {key: f"{info[key]:.4g}" for key in ("peer_s", "our_cpu_s", "peer_cpu_s")}
-        found.append({**{key: info[key] for key in COLUMNS if key in info}, **seconds, **measured})
-        if note and info.get("note"):
-            found[-1]["note"] = f"{info['note']}; {note}"
-        elif info.get("note"):
-            found[-1]["note"] = info["note"]
+        if "peer_s" in info:
+            measured["ratio"] = f"{info['peer_s'] / ours:.3f}"
+            measured["ratio_cpu"] = f"{info['peer_cpu_s'] / info['our_cpu_s']:.3f}"
+        measured |= {key: f"{info[key]:.4g}" for key in ("peer_s", "our_cpu_s", "peer_cpu_s") if key in info}
+        extra = [f"{key} {value:.4g}" for key, value in info.items() if key not in COLUMNS and key != "note"]
+        measured["note"] = "; ".join(filter(None, [info.get("note", ""), *extra, note]))
+        found.append({key: info[key] for key in COLUMNS if key in info} | measured)
     return found
 
 
@@ -68,7 +66,8 @@ def main() -> None:
             for row in rows(json.loads(path.read_text()), written + 1, arguments.note):
                 table.writerow(row)
                 written += 1
-                print(f"row {row['row']}: {row['op']} / {row['case']} / {row['peer']}: {row['ratio']}x")
+                peer = f" / {row['peer']}: {row['ratio']} times as fast" if "peer" in row else ""
+                print(f"row {row['row']}: {row['op']} / {row['case']}{peer}")
 
 
 if __name__ == "__main__":
