@@ -219,8 +219,10 @@ def resolve_again(
         raise UsageError("--from takes its options from the run; leave --config out")
     if not (Path(run_folder) / "manifest.json").exists() or not recorded.exists():
         raise InputError(f"--from {run_folder}: no finished run is there (no manifest.json or config.yaml)")
-    config = resolve("select", method, flags, sets, str(recorded), only_known=True)
-    before = resolve("select", method, {}, None, str(recorded), only_known=True)
+    config = resolve("select", None, flags, sets, str(recorded), only_known=True)
+    if method not in (None, config.method.name):
+        raise UsageError(f"{run_folder} was scored by {config.method.name}, not by {method}; leave the method out")
+    before = resolve("select", None, {}, None, str(recorded), only_known=True)
     for name, value in config.values.items():
         free = OPTIONS[name].group == OUTPUT or name in ("budget", "per", "seed", "pool")
         if not free and value != before.values.get(name):
@@ -262,7 +264,7 @@ def _save(selection: "Selection", config: Config, folder: RunFolder, argv: Seque
         annotate=bool(config.values.get("annotate")),
         overwrite=True,  # the rules of the folder were applied when it was opened
         report=bool(config.values["report"]) and choosing,
-        **({} if choosing else {"rows": False}),
+        rows=choosing,
         config_yaml=config.to_yaml(),
         argv=argv,
     )

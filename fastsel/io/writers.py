@@ -48,6 +48,7 @@ def save_selection(
     annotate: bool = False,
     overwrite: bool = False,
     report: bool = True,
+    rows: bool = True,
     config_yaml: str | None = None,
     argv: Sequence[str] | None = None,
 ) -> Path:
@@ -67,6 +68,7 @@ def save_selection(
         annotate: add score and rank to each row of selected.* under the key "fastsel".
         overwrite: replace whatever run is there; files that are not from a run stay.
         report: write report.html and report.json.
+        rows: write the chosen rows (selected.*, dataset_info.json, README.md); False for a run that only scores.
         config_yaml: text of config.yaml; selection.config stands in.
         argv: the command of the manifest; sys.argv stands in.
 
@@ -82,7 +84,7 @@ def save_selection(
     unknown = [name for name in also if name not in EXPORTS]
     if unknown:
         raise UsageError(f"--also {unknown[0]} is not known; choose from {', '.join(EXPORTS)}")
-    rows = selection.ordered_indices(order)
+    chosen = selection.ordered_indices(order)
     output = {"order": order, "also": list(also), "annotate": annotate}
     before = _judge_folder(selection, folder, output, overwrite)
     if before is not None and not overwrite:
@@ -94,7 +96,8 @@ def save_selection(
             shutil.rmtree(left)
         aside = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=folder))
         try:
-            _write_rows(selection, rows, aside, annotate)
+            if rows:
+                _write_rows(selection, chosen, aside, annotate)
             _write_arrays(selection, aside)
             export(selection, also, aside)
             _write_texts(selection, aside, config_yaml)
@@ -167,7 +170,10 @@ def _write_texts(selection: Selection, aside: Path, config_yaml: str | None) -> 
         config = json.loads(json.dumps({"method": selection.method, **selection.config}, default=str))
         config_yaml = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=1000)
     (aside / "config.yaml").write_text(config_yaml, encoding="utf-8")
-    file_name = next(aside.glob("selected.*")).name
+    selected = next(aside.glob("selected.*"), None)
+    if selected is None:
+        return
+    file_name = selected.name
     info = dataset_info(selection, file_name)
     if info is not None:
         _write_json(aside / "dataset_info.json", info)
