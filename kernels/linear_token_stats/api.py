@@ -10,6 +10,7 @@ from fastsel.kernels._runtime.dispatch import run
 
 IMPLEMENTATIONS = {  # tried in this order
     "triton": "fastsel.kernels.linear_token_stats.gpu_triton",
+    "native": "fastsel.kernels.linear_token_stats.cpu_native",
     "torch": "fastsel.kernels.linear_token_stats.torch_blocked",
     "reference": "fastsel.kernels.linear_token_stats.reference",
 }
