@@ -62,7 +62,7 @@ class Outcome:
         """The result for people: the summary, then what to open."""
         lines = [self.selection.summary_text().rstrip(), ""] if self.command == "select" else []
         if self.command == "score":
-            scored = int(sum(self.selection.scores == self.selection.scores))
+            scored = int((self.selection.scores == self.selection.scores).sum())  # NaN is not equal to itself
             lines.append(
                 f"{scored:,} of {len(self.selection.scores):,} rows have a score: {self.folder / 'scores.npy'}"
             )
