@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from fastsel.errors import UsageError
 
-_TOKENS = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<prefix>[kmgb]?)\s*tok(?:ens?)?", re.IGNORECASE)
+_COUNT = r"\d{1,3}(?:,\d{3})+|\d+(?:_\d+)*"
+_ROWS = re.compile(rf"(?P<number>[+-]?(?:{_COUNT}))(?:\s*rows?)?", re.IGNORECASE)
+_TOKENS = re.compile(rf"(?P<number>{_COUNT}|\d+\.\d+)\s*(?P<prefix>[kmgb]?)\s*tok(?:ens?)?", re.IGNORECASE)
 _PREFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 _HOW = "write 0.05 or 5% (a share of all pool rows), 1000 (rows) or 2Mtok (tokens); 1 is one row, 1.0 is all rows"
 NO_SOURCE = "(none)"
@@ -46,6 +48,7 @@ class Budget:
 
         A number with a decimal point, exponent or % is a share of all pool rows, bad rows included; a whole number
         counts rows; a number before tok, ktok, Mtok or Gtok counts tokens. So 1 is one row and 1.0 the whole pool.
+        What str() of a budget gives is read back to the same budget.
 
         Raises:
             UsageError: anything else, zero, negative numbers, shares above 1.
@@ -57,16 +60,16 @@ class Budget:
         text = (
             value.strip() if isinstance(value, str) else str(value.item() if isinstance(value, np.generic) else value)
         )
-        tokens = _TOKENS.fullmatch(text)
+        tokens, rows = _TOKENS.fullmatch(text), _ROWS.fullmatch(text)
         try:
             if tokens:
                 # Fraction reads the decimal text exactly: 0.29 of 100 rows is 29 rows, not floor(28.999...).
-                count = Fraction(tokens["number"]) * _PREFIXES[tokens["prefix"].lower()]
+                count = Fraction(tokens["number"].replace(",", "")) * _PREFIXES[tokens["prefix"].lower()]
                 return cls("tokens", _whole(int(count), text))
             if text.endswith("%"):
                 return cls("share", _share(Fraction(text[:-1].strip()) / 100, text))
-            if re.fullmatch(r"[+-]?\d+(_\d+)*", text):
-                return cls("rows", _whole(int(text), text))
+            if rows:
+                return cls("rows", _whole(int(rows["number"].replace(",", "")), text))
             if "/" not in text:
                 return cls("share", _share(Fraction(text), text))
         except (ValueError, OverflowError) as error:
@@ -105,7 +108,7 @@ class Budget:
 
     def __str__(self) -> str:
         if self.unit == "share":
-            return f"{float(self.amount * 100):g}%"
+            return f"{float(self.amount * 100):.15g}%"
         return f"{self.amount:,} {'token' if self.unit == 'tokens' else 'row'}{'' if self.amount == 1 else 's'}"
 
 

@@ -150,6 +150,7 @@ def summary_text(facts: Mapping[str, Any]) -> str:
     if facts["short_by"]:
         groups = [f"{name} {missing:,}" for name, missing in facts["short"].items() if name != "all rows"]
         where = f" ({', '.join(groups)})" if groups else ""
+        unit = unit[:-1] if facts["short_by"] == 1 else unit
         lines.append(_line("short by", f"{facts['short_by']:,} {unit}: the eligible rows ran out{where}"))
     if scores["cut"] is not None:
         lines.append(_line("score", f"best {number(scores['first'])}, last kept {number(scores['cut'])}"))

@@ -32,9 +32,13 @@ def annotate_rows(selection: Selection, rows: NDArray[np.int64], path: Path) -> 
     Raises:
         UsageError: the rows are in another format.
     """
-    rank = dict(zip(selection.indices.tolist(), range(len(selection)), strict=True))
-    notes = ({"method": selection.method, "score": finite(selection.scores[row]), "rank": rank[int(row)]}
-             | {name: finite(values[row]) for name, values in selection.metrics.items()} for row in rows)  # fmt: skip
+    order = np.argsort(selection.indices)
+    ranks = order[np.searchsorted(selection.indices, rows, sorter=order)]
+    notes = (
+        {"method": selection.method, "score": finite(selection.scores[row]), "rank": int(rank)}
+        | {name: finite(values[row]) for name, values in selection.metrics.items()}
+        for row, rank in zip(rows, ranks, strict=True)
+    )
     part = path.with_name(path.name + ".part")
     if path.suffix == ".jsonl":
         with open(path, "rb") as lines, open(part, "wb") as stream:

@@ -155,7 +155,8 @@ def _failed(selection: Selection) -> list[dict[str, Any]]:
 
 def _rows(selection: Selection, rows: NDArray[np.int64], characters: int) -> list[dict[str, Any]]:
     codes, names = source_codes(selection.pool) if selection.pool.sources() is not None else (None, [])
-    places = {int(row): place for place, row in enumerate(selection.indices)} if len(rows) else {}
+    by_row = np.argsort(selection.indices)
+    kept = selection.selected
     refused = selection.refused
     shown = []
     for row, example in zip(rows.tolist(), selection.pool.examples(rows.tolist()), strict=True):
@@ -169,8 +170,8 @@ def _rows(selection: Selection, rows: NDArray[np.int64], characters: int) -> lis
                 "status": STATUS[selection.status[row]],
                 "reason": _printable("; ".join(filter(None, [selection.rule if refused[row] else None, reason])))
                 or None,
-                "kept": row in places,
-                "rank": places.get(row),
+                "kept": bool(kept[row]),
+                "rank": int(by_row[np.searchsorted(selection.indices, row, sorter=by_row)]) if kept[row] else None,
                 "score": finite(selection.scores[row]),
                 "tokens": None
                 if selection.n_tokens is None or selection.n_tokens[row] < 0

@@ -152,4 +152,7 @@ def _seconds(seconds: float) -> str:
 
 
 def _plain(value: Any) -> str:
+    """A configured value as a person would write it; what is not set inside it is left out."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_plain(item)}" for name, item in value.items() if item is not None)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
