@@ -1,0 +1,1 @@
+"""A model over a pool -> arrays, one entry a pool row."""
