@@ -383,7 +383,7 @@ class PackedForward:
 
 
 # Three levels: a shared prompt, a shared beginning of two answers, their ends, and another answer.
-PROBE_LENGTHS = (11, 7, 5, 3, 9)
+PROBE_LENGTHS = [11, 7, 5, 3, 9]
 
 
 def _probe_batch(vocabulary: int) -> tuple[list[torch.Tensor], PackedBatch]:

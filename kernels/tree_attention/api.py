@@ -8,6 +8,7 @@ from fastsel.kernels.tree_attention.segments import Segments
 
 IMPLEMENTATIONS = {
     "triton": "fastsel.kernels.tree_attention.gpu_triton",
+    "native": "fastsel.kernels.tree_attention.cpu_native",
     "torch": "fastsel.kernels.tree_attention.torch_blocked",
     "reference": "fastsel.kernels.tree_attention.reference",
 }

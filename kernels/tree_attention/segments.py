@@ -37,6 +37,8 @@ class Segments:
                     f"segment {s} is empty: starts[{s}] = {self.start_list[s]}, next {self.start_list[s + 1]}"
                 )
 
+        self._query_blocks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
     def __len__(self) -> int:
         return len(self.parent_list)
 
@@ -64,10 +66,15 @@ class Segments:
         return first
 
     @cached_property
+    def first_positions_tensor(self) -> torch.Tensor:
+        """[s] int64, CPU: first_positions."""
+        return torch.tensor(self.first_positions, dtype=torch.int64)
+
+    @cached_property
     def positions(self) -> torch.Tensor:
         """[t] int64, CPU: position of each packed row in its sequence."""
         starts = self.starts
-        shift = torch.tensor(self.first_positions, dtype=torch.int64) - starts[:-1]
+        shift = self.first_positions_tensor - starts[:-1]
         return torch.arange(self.n_tokens) + shift.repeat_interleave(starts.diff())
 
     def path(self, segment: int) -> list[int]:
@@ -104,7 +111,9 @@ class Segments:
         Returns:
             (first row [b] int64, segment [b] int64), CPU, in packed order.
         """
-        counts = (self.starts.diff() + size - 1) // size
-        segment = torch.arange(len(self)).repeat_interleave(counts)
-        in_segment = torch.arange(segment.numel()) - (counts.cumsum(0) - counts)[segment]
-        return self.starts[segment] + in_segment * size, segment
+        if size not in self._query_blocks:  # every layer of a model asks again
+            counts = (self.starts.diff() + size - 1) // size
+            segment = torch.arange(len(self)).repeat_interleave(counts)
+            in_segment = torch.arange(segment.numel()) - (counts.cumsum(0) - counts)[segment]
+            self._query_blocks[size] = (self.starts[segment] + in_segment * size, segment)
+        return self._query_blocks[size]
