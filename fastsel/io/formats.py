@@ -6,43 +6,18 @@ with a message of the assistant that is not blank, and have a user or tool messa
 does not fit is reported with a reason.
 """
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fastsel.io.conversations import check_answer, read_messages
 from fastsel.io.examples import Example, Message, well_formed
+from fastsel.io.layout_hints import listed_keys
 from fastsel.io.layout_options import LAYOUT_COLUMNS, LayoutOptions
+from fastsel.io.row_values import AmbiguousRow, UnusableRow, answer_text, kind_of, label_of, lookup, text_of
 
-_SCORE_STRUCTS = ("processed_scores", "raw_scores", "Q_scores", "QA_scores")
-_PROMPT_WORDS = ("instruction", "prompt", "question", "query", "problem", "user", "input")
-_ANSWER_WORDS = ("output", "completion", "response", "answer", "solution", "target", "assistant")
+_SCORE_STRUCTS = frozenset(("processed_scores", "raw_scores", "Q_scores", "QA_scores"))
 _Fields = Mapping[str, str]
-
-
-class UnusableRow(Exception):
-    """Why a row cannot be used. recognised says whether its layout, at least, was one we know."""
-
-    def __init__(self, reason: str, recognised: bool = True) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.recognised = recognised
-
-
-class AmbiguousRow(UnusableRow):
-    """A row of two layouts that say different things."""
-
-
-def lookup(row: Mapping[str, Any], path: str) -> Any:
-    """The value of a column, or of a dotted path into nested objects (`processed_scores.IFD`); None if not there."""
-    if path in row or "." not in path:
-        return row.get(path)
-    value: Any = row
-    for key in path.split("."):
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(key)
-    return value
 
 
 class RowReader:
@@ -52,7 +27,6 @@ class RowReader:
         """Work out which layouts to try, in order, and where their fields are."""
         options = options or LayoutOptions()
         self._options = options
-        self._roles = options.roles
         self._system = options.columns.get("system", "system")
         self._tools = options.columns.get("tools", "tools")
         self._id = options.columns.get("id", "id")
@@ -73,7 +47,7 @@ class RowReader:
             UnusableRow: with the reason, without a line number (the caller knows the line).
         """
         if not isinstance(row, Mapping):
-            raise UnusableRow(f"the row is {_kind(row)}, not an object", recognised=False)
+            raise UnusableRow(f"the row is {kind_of(row)}, not an object", recognised=False)
         problem: UnusableRow | None = None
         for layout, column in self._conversations:
             turns = lookup(row, column)
@@ -85,7 +59,7 @@ class RowReader:
                 problem = problem or unusable
         found: list[Example] = []
         for layout, fields in self._flat:
-            if found and layout == "text":  # Alpaca's own files repeat the row as rendered text
+            if layout == "text" and (found or problem):  # Alpaca's own files repeat the row as rendered text
                 break
             try:
                 example = self._flat_row(row, row_id, layout, fields)
@@ -99,7 +73,7 @@ class RowReader:
         if found:
             both = " and as ".join(example.layout for example in found)
             raise AmbiguousRow(f"the row can be read as {both}; say which with --format", recognised=False)
-        raise problem or UnusableRow(f"no known layout: the row's keys are {_listed(row)}", recognised=False)
+        raise problem or UnusableRow(f"no known layout: the row's keys are {listed_keys(row)}", recognised=False)
 
     def id_and_source(self, row: object) -> tuple[str | None, str | None]:
         """The row's own id and source, which rows that cannot be used may have too."""
@@ -107,15 +81,15 @@ class RowReader:
             return None, None
         source = None
         for column in self._sources:
-            source = _label(lookup(row, column))
+            source = label_of(lookup(row, column))
             if source is not None:
                 break
-        return _label(lookup(row, self._id)), source
+        return label_of(lookup(row, self._id)), source
 
     # -- conversations ------------------------------------------------------------------------------------------------
 
     def _conversation(self, row: Mapping[str, Any], row_id: int, layout: str, turns: object, column: str) -> Example:
-        messages = self._messages(turns, column)
+        messages = read_messages(turns, column, self._options)
         training_key = self._options.training_key
         trained: tuple[int, ...] | None = None
         if training_key is not None:
@@ -129,36 +103,10 @@ class RowReader:
                 raise UnusableRow(f"no message of the assistant has {training_key}: true")
         system = self._optional_text(row, self._system)
         if system and messages[0].role != "system":
-            messages.insert(0, Message("system", system))
+            messages.insert(0, Message("system", well_formed(system)))
             trained = None if trained is None else tuple(i + 1 for i in trained)
-        _check_answer(messages, column)
+        check_answer(messages, column)
         return self._example(row, row_id, layout, messages, trained=trained)
-
-    def _messages(self, turns: object, column: str) -> list[Message]:
-        if not isinstance(turns, (list, tuple)):
-            raise UnusableRow(f"{column} is {_kind(turns)}, not a list of messages")
-        if not turns:
-            raise UnusableRow(f"{column} is an empty list")
-        role_key, content_key, roles = self._options.role_key, self._options.content_key, self._roles
-        messages = []
-        for position, turn in enumerate(turns):
-            if not isinstance(turn, Mapping):
-                raise UnusableRow(f"{column}[{position}] is {_kind(turn)}, not a message with a role and a content")
-            # Parquet gives every message all keys of the column, so a key counts when it is not null.
-            role_at = role_key or ("role" if turn.get("role") is not None else "from")
-            content_at = content_key or ("value" if "value" in turn and turn.get("content") is None else "content")
-            word, content = turn.get(role_at), turn.get(content_at)
-            if not isinstance(word, str):
-                raise UnusableRow(f"{column}[{position}] has no role (its {role_key or 'role'} is {_kind(word)})")
-            role = roles.get(word) or roles.get(word.lower())
-            if role is None:
-                raise UnusableRow(f"{column}[{position}] has the unknown role {word[:40]!r}; name it with --tags")
-            if type(content) is not str:
-                content = _content(turn, content, f"{column}[{position}].{content_at}")
-            elif not content and (turn.get("tool_calls") or turn.get("function_call")):
-                content = _content(turn, None, f"{column}[{position}].{content_at}")
-            messages.append(Message(role, well_formed(content)))
-        return messages
 
     # -- flat rows ----------------------------------------------------------------------------------------------------
 
@@ -168,7 +116,7 @@ class RowReader:
             text = lookup(row, fields["text"])
             if text is None:
                 return None
-            answer = _answer(text, fields["text"])
+            answer = answer_text(text, fields["text"])
             return self._example(row, row_id, layout, [Message("assistant", answer)])
         prompt_at, answer_at = fields["prompt"], fields["completion" if layout == "prompt_completion" else "response"]
         prompt, answer = lookup(row, prompt_at), lookup(row, answer_at)
@@ -178,12 +126,12 @@ class RowReader:
             return None  # half a layout is not that layout: {"prompt", "chosen"} is not prompt and completion
         if layout == "prompt_completion":
             return self._prompt_completion(row, row_id, prompt, answer, fields)
-        if layout == "alpaca" and any(isinstance(row.get(name), Mapping) for name in _SCORE_STRUCTS):
+        if layout == "alpaca" and not _SCORE_STRUCTS.isdisjoint(row):
             layout = "oda"
         if prompt is None and answer is not None and prompt_at not in row:
             return None
-        answer = _answer(answer, answer_at)
-        instruction = well_formed(_string(prompt, prompt_at))
+        answer = answer_text(answer, answer_at)
+        instruction = well_formed(text_of(prompt, prompt_at))
         input = well_formed(self._optional_text(row, fields["query"]) or "") if "query" in fields else ""
         messages = self._history(row, fields)
         system = self._optional_text(row, self._system)
@@ -198,19 +146,21 @@ class RowReader:
     ) -> Example:
         prompt_at, completion_at = fields["prompt"], fields["completion"]
         if isinstance(prompt, list) and isinstance(completion, list):
-            messages = self._messages(prompt, prompt_at) + self._messages(completion, completion_at)
+            messages = read_messages(prompt, prompt_at, self._options) + read_messages(
+                completion, completion_at, self._options
+            )
             first_answer = len(prompt)
             if any(turn.role != "assistant" for turn in messages[first_answer:] if turn.role != "tool"):
                 raise UnusableRow(f"{completion_at} holds messages that are not the assistant's")
-            _check_answer(messages, completion_at)
+            check_answer(messages, completion_at)
             trained = None
             if any(turn.role == "assistant" for turn in messages[:first_answer]):  # only the completion is trained on
                 trained = tuple(i for i in range(first_answer, len(messages)) if messages[i].role == "assistant")
             return self._example(row, row_id, "prompt_completion", messages, trained=trained)
         if isinstance(prompt, list) or isinstance(completion, list):
             raise UnusableRow(f"{prompt_at} and {completion_at} must both be text or both be lists of messages")
-        answer = _answer(completion, completion_at)
-        instruction = well_formed(_string(prompt, prompt_at))
+        answer = answer_text(completion, completion_at)
+        instruction = well_formed(text_of(prompt, prompt_at))
         messages = [Message("user", instruction), Message("assistant", answer)]
         system = self._optional_text(row, self._system)
         if system:
@@ -223,7 +173,7 @@ class RowReader:
         if pairs is None:
             return []
         if not isinstance(pairs, list):
-            raise UnusableRow(f"{column} is {_kind(pairs)}, not a list of pairs")
+            raise UnusableRow(f"{column} is {kind_of(pairs)}, not a list of pairs")
         messages = []
         for position, pair in enumerate(pairs):
             if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(turn, str) for turn in pair)):
@@ -236,7 +186,7 @@ class RowReader:
 
     def _optional_text(self, row: Mapping[str, Any], column: str) -> str | None:
         value = lookup(row, column)
-        return None if value is None else _string(value, column)
+        return None if value is None else text_of(value, column)
 
     def _example(
         self,
@@ -256,30 +206,6 @@ class RowReader:
         return Example(row_id, "ok", None, own_id, source, layout, tuple(messages), instruction, input, tools, trained)
 
 
-def first_keys(row: object) -> str:
-    """The keys of the first row, for a message."""
-    return f"the first row's keys are {_listed(row)}" if isinstance(row, Mapping) else f"the first row is {_kind(row)}"
-
-
-def unknown_layout(row: object) -> str:
-    """What to tell a user none of whose rows could be read: the first row's keys and the nearest layout."""
-    if not isinstance(row, Mapping):
-        return f"the first row is {_kind(row)}, not an object with named fields"
-    keys = [str(key) for key in row]
-    text = first_keys(row) + "; "
-    prompt = next((key for word in _PROMPT_WORDS for key in keys if key.lower() == word), None)
-    answer = next((key for word in _ANSWER_WORDS for key in keys if key.lower() == word), None)
-    conversation = next((key for key in keys if isinstance(row[key], list) and row[key]), None)
-    if prompt and answer:
-        return text + f"the nearest format is alpaca: name the columns with --columns prompt={prompt} response={answer}"
-    if conversation:
-        return text + f"the nearest format is messages: name the column with --columns messages={conversation}"
-    scored = {layout: _nearness(keys, fields.values()) for layout, fields in LAYOUT_COLUMNS.items()}
-    nearest = max(scored, key=lambda layout: scored[layout])
-    wanted = ", ".join(LAYOUT_COLUMNS[nearest].values())
-    return text + f"the nearest format is {nearest} ({wanted}): name the columns with --columns"
-
-
 def _layouts(options: LayoutOptions) -> Iterable[tuple[str, _Fields]]:
     """Layouts to try, in order, each with its fields and their columns."""
     named = options.fields
@@ -296,79 +222,3 @@ def _layouts(options: LayoutOptions) -> Iterable[tuple[str, _Fields]]:
             yield "prompt_completion" if "completion" in named else "alpaca", flat
         if "text" in named:
             yield "text", {"text": named["text"]}
-
-
-def _check_answer(messages: list[Message], column: str) -> None:
-    last = messages[-1]
-    if last.role != "assistant":
-        raise UnusableRow(f"the last message of {column} is the {last.role}'s, not the assistant's")
-    if not last.content or last.content.isspace():
-        raise UnusableRow(f"the answer (the last message of {column}) is empty")
-    if not any(turn.role in ("user", "tool") for turn in messages):
-        raise UnusableRow(f"{column} has no user message before the answer")
-
-
-def _content(turn: Mapping[str, Any], content: object, where: str) -> str:
-    """The text of a message whose content is not plain text: a list of text parts, or tool calls as JSON."""
-    calls = turn.get("tool_calls") or turn.get("function_call")
-    if not content and calls:
-        return json.dumps(calls, ensure_ascii=False, default=str)
-    if isinstance(content, list) and content:
-        texts = []
-        for part in content:
-            kind = part.get("type", "text") if isinstance(part, Mapping) else _kind(part)
-            if kind != "text" or not isinstance(part.get("text"), str):
-                raise UnusableRow(f"{where} has a part of type {kind}; only text can be scored")
-            texts.append(part["text"])
-        return "".join(texts)
-    raise UnusableRow(f"{where} is {_kind(content)}, not text")
-
-
-def _answer(value: object, column: str) -> str:
-    text = _string(value, column, "the answer ")
-    if not text or text.isspace():
-        raise UnusableRow(f"the answer ({column}) is {'only white space' if text else 'empty'}")
-    return well_formed(text)
-
-
-def _string(value: object, column: str, what: str = "") -> str:
-    if not isinstance(value, str):
-        name = f"{what}({column})" if what else column
-        raise UnusableRow(f"{name} is {_kind(value)}, not text")
-    return value
-
-
-def _label(value: object) -> str | None:
-    """An id or source as text; lists, objects, booleans and NaN are none."""
-    if isinstance(value, str):
-        return well_formed(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        return None
-    return str(value)
-
-
-def _kind(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "a boolean"
-    if isinstance(value, (int, float)):
-        return "a number"
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, Mapping):
-        return "an object"
-    if isinstance(value, (list, tuple)):
-        return "a list"
-    return f"of type {type(value).__name__}"
-
-
-def _listed(row: Mapping[str, Any]) -> str:
-    keys = [str(key)[:40] for key in row]
-    return ", ".join(keys[:12]) + (f" and {len(keys) - 12} more" if len(keys) > 12 else "") if keys else "none"
-
-
-def _nearness(keys: list[str], columns: Iterable[str]) -> float:
-    return max(
-        (difflib.SequenceMatcher(None, key.lower(), name).ratio() for key in keys for name in columns), default=0
-    )

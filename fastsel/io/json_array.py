@@ -52,6 +52,8 @@ def split_array(blocks: Iterator[bytes], offset: int, first: bool) -> Iterator[P
                 expected = "element"
             elif expected in ("comma", "element") and character == "]":
                 expected = "nothing"
+            elif expected == "[" and len(text) - position < 3 and not at_end:
+                break  # a block border inside the byte order mark
             else:
                 wanted = {"comma": "a comma or ]", "nothing": "nothing after the closing ]"}.get(expected, expected)
                 raise _broken(line, f"{wanted} was expected, not {character!r}")

@@ -131,7 +131,7 @@ def read_layout_options(format: str = "auto", columns: Words = None, tags: Words
         elif word == "roles_to_train":
             trained = [value] if isinstance(value, str) else list(value)
             if any(roles.get(role) != "assistant" for role in trained):
-                raise UsageError(f"roles_to_train {trained}: fastsel scores the assistant's turns and no others")
+                raise UsageError(f"--tags: roles_to_train is {trained}, but fastsel scores the assistant's turns and no others")
         else:
             known = [*_FIELD_WORDS, *_KEY_WORDS, *_ROLE_WORDS, *_OTHER_WORDS]
             near = difflib.get_close_matches(word, known, n=1)

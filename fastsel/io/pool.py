@@ -3,8 +3,6 @@
 import json
 import math
 from array import array
-from bisect import bisect_left
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from importlib import resources
@@ -21,9 +19,12 @@ from fastsel.errors import InputError, MissingExtraError, RunFailedError, UsageE
 from fastsel.io.dataset_info import names_entry, read_entry
 from fastsel.io.examples import ERROR, OK, SKIPPED, STATUS, Example, content_hash
 from fastsel.io.files import InputFile
-from fastsel.io.formats import AmbiguousRow, RowReader, UnusableRow, first_keys, lookup, unknown_layout
+from fastsel.io.formats import RowReader
+from fastsel.io.layout_hints import first_keys, unknown_layout
 from fastsel.io.layout_options import Words, read_layout_options
 from fastsel.io.readers import Source, open_source
+from fastsel.io.row_index import RowIndex
+from fastsel.io.row_values import AmbiguousRow, UnusableRow, lookup
 from fastsel.io.tables import Tables
 from fastsel.io.text_files import Unreadable
 from fastsel.progress import progress_bar
@@ -39,40 +40,6 @@ _HASH_BYTES = 16
 def bundled_pool_path() -> Path:
     """The 256 real rows that come with fastsel."""
     return Path(str(resources.files("fastsel") / "data" / "pool_small.jsonl"))
-
-
-class Reasons(Mapping[int, str]):
-    """Row number -> why the row is not ok. Kept as numbers and few distinct texts: any share of a pool may be bad."""
-
-    def __init__(self) -> None:
-        self._rows = array("q")
-        self._places = array("q")
-        self._texts = array("q")
-        self._known: dict[str, int] = {}
-        self._all: list[str] = []
-
-    def add(self, row: int, place: str, text: str) -> None:
-        """Rows must come in ascending order. place is words and a number, such as "line 12"."""
-        words, _, number = place.rpartition(" ")
-        text = f"{words} %d: {text}".replace("%", "%%").replace("%%d", "%d", 1)
-        if text not in self._known:
-            self._known[text] = len(self._all)
-            self._all.append(text)
-        self._rows.append(row)
-        self._places.append(int(number))
-        self._texts.append(self._known[text])
-
-    def __getitem__(self, row: int) -> str:
-        position = bisect_left(self._rows, row)
-        if position == len(self._rows) or self._rows[position] != row:
-            raise KeyError(row)
-        return self._all[self._texts[position]] % self._places[position]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
 
 class Pool:
@@ -207,47 +174,6 @@ class Pool:
         return self._reader.read(value, row_id)
 
 
-class _Index:
-    """What the first pass over a pool collects, in arrays that grow: about 60 bytes a row with ids and sources."""
-
-    def __init__(self, score_column: str | None) -> None:
-        self.status = bytearray()
-        self.hashes = bytearray()
-        self.reasons = Reasons()
-        self.scores = array("d") if score_column is not None else None
-        self.layouts: Counter[str] = Counter()
-        self._ids: list[str | None] = []
-        self._sources: list[str | None] = []
-        self._id_chunks: list[pa.Array] = []
-        self._source_chunks: list[pa.Array] = []
-
-    def add(self, code: int, hash: bytes, own_id: str | None, source: str | None, score: float) -> None:
-        self.status.append(code)
-        self.hashes += hash
-        self._ids.append(own_id)
-        self._sources.append(source)
-        if self.scores is not None:
-            self.scores.append(score)
-        if len(self._ids) == _ROWS_A_BLOCK:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._id_chunks.append(pa.array(self._ids, pa.string()))
-        self._source_chunks.append(pa.array(self._sources, pa.string()).dictionary_encode())
-        self._ids.clear()
-        self._sources.clear()
-
-    def columns(self) -> tuple[pa.ChunkedArray | None, pa.ChunkedArray | None]:
-        """Ids and sources; None for a column without a value."""
-        self._flush()
-        ids = pa.chunked_array(self._id_chunks, pa.string())
-        sources = pa.chunked_array(self._source_chunks, pa.dictionary(pa.int32(), pa.string()))
-        return (
-            ids if ids.null_count < len(ids) else None,
-            sources if sources.null_count < len(sources) else None,
-        )
-
-
 def open_pool(
     source: Any,
     *,
@@ -296,7 +222,7 @@ def open_pool(
     options = read_layout_options(format, columns, tags)
     reader = RowReader(options)
     rows, name = open_source(source)
-    index = _Index(score_column)
+    index = RowIndex(score_column)
     first_row: object = None
     recognised = 0
     ambiguous = ""
@@ -337,11 +263,11 @@ def open_pool(
     return _pool(rows, name, reader, index, json.dumps([format, repr(options), score_column]))
 
 
-def _pool(source: Source, name: str, reader: RowReader, index: _Index, options: str) -> Pool:
+def _pool(source: Source, name: str, reader: RowReader, index: RowIndex, options: str) -> Pool:
     ids, sources = index.columns()
-    status = np.frombuffer(bytes(index.status), dtype=np.uint8)
-    hashes = np.frombuffer(bytes(index.hashes), dtype=np.uint8).reshape(-1, _HASH_BYTES)
-    scores = None if index.scores is None else np.frombuffer(index.scores.tobytes(), dtype=np.float64)
+    status = _read_only(index.status, np.uint8)
+    hashes = _read_only(index.hashes, np.uint8).reshape(-1, _HASH_BYTES)
+    scores = None if index.scores is None else _read_only(index.scores, np.float64)
     most_frequent = max(index.layouts, key=lambda layout: index.layouts[layout], default="")
     return Pool(
         source,
@@ -374,7 +300,7 @@ def _score(row: Any, column: str) -> float:
     return score
 
 
-def _check_errors(name: str, index: _Index, max_error_rate: float) -> None:
+def _check_errors(name: str, index: RowIndex, max_error_rate: float) -> None:
     errors = index.status.count(ERROR)
     if errors > max_error_rate * len(index.status):
         first = next(row for row, code in enumerate(index.status) if code == ERROR)
@@ -382,3 +308,9 @@ def _check_errors(name: str, index: _Index, max_error_rate: float) -> None:
             f"{name}: {errors:,} of {len(index.status):,} lines cannot be read, more than --max-error-rate "
             f"{max_error_rate:g} allows; the first: {index.reasons[first]}"
         )
+
+
+def _read_only(buffer: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    values = np.frombuffer(buffer, dtype=dtype)
+    values.setflags(write=False)
+    return values

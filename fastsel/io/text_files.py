@@ -80,7 +80,7 @@ def parse(raw: bytes) -> object:
     except UnicodeDecodeError as error:
         return Unreadable(f"not UTF-8 (byte 0x{raw[error.start]:02x} at position {error.start + 1} of the line)")
     except json.JSONDecodeError as error:
-        return Unreadable(f"not JSON ({error.msg} at column {error.pos + 1})")
+        return Unreadable(f"not JSON ({error.msg.removesuffix(' at')} at column {error.pos + 1})")
     except RecursionError:
         return Unreadable("not usable JSON (nested too deeply)")
     except ValueError as error:  # Python refuses integers of more than 4,300 digits
