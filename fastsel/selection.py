@@ -331,7 +331,7 @@ def build_selection(
     if not np.all(eligible[indices]):
         raise ValueError(f"{method}: a row was chosen that is not eligible")
     per = per if per is not None else config.get("per")
-    asked = Budget.parse(next(value for value in (budget, config.get("budget"), requested) if value is not None))
+    asked = Budget.parse(next((value for value in (budget, config.get("budget"), requested) if value is not None), ""))
     limits = spread(asked, pool, n_tokens, per)
     short = limits.missing(indices, eligible)
     return Selection(

@@ -94,7 +94,9 @@
     control("count").textContent = found.length + " of " + rows.length + " sampled rows" + (found.length > shown ? ", " + shown + " shown" : "");
     control("more").hidden = found.length <= shown;
   }
-  for (const name of ["query", "which", "source", "order"]) control(name).addEventListener("input", () => { shown = page; draw(); });
+  const drawAnew = () => { shown = page; draw(); };
+  control("query").addEventListener("input", drawAnew);
+  for (const name of ["which", "source", "order"]) control(name).addEventListener("change", drawAnew);
   control("more").addEventListener("click", () => { shown += page; draw(); });
   control("filters").addEventListener("submit", (event) => event.preventDefault());
   control("filters").hidden = false;
