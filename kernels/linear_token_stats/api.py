@@ -71,8 +71,8 @@ def linear_token_stats(
         and scale only, not on the other rows, their number, the number of threads or the outputs asked for; AVX2 and
         plain code may differ from AVX-512 in the last bits. Others: a row may differ in the last bits by its batch.
     Cost: 2 t v d flops and about 20 t v for the exponentials; hidden and weight are read; accumulated in float32 at
-        least. Extra memory, native: 4 t d bytes for packed hidden states, at most 8 MB of partial results, and
-        less than 1 MB a thread; never an array [t, v].
+        least. Extra memory, native: 4 t d bytes for packed hidden states, at most 8 MB of partial results (more only
+        from v = 5 million on) and 400 d + 12,000 bytes a thread; torch: about 3 MB; never an array [t, v].
     Source: online softmax as in Milakov & Gimelshein, "Online normalizer calculation for softmax", 2018
         (arXiv 1805.02867); the idea of fusing it with the projection as in Wijmans et al., "Cut Your Losses in
         Large-Vocabulary Language Models", 2025 (arXiv 2411.09009). Entropy is log Z - S'/Z with S' accumulated

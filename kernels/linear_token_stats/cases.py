@@ -32,7 +32,6 @@ _LIST = [
     Case("smollm2", 2048, 576, 49_152, "the case that README quotes", slow=True),
     Case("gpt2", 512, 768, 50_257, "GPT-2: an odd vocabulary", slow=True),
     Case("qwen_05b", 512, 896, 151_936, "Qwen2.5-0.5B: a large vocabulary", slow=True),
-    Case("gemma2", 64, 2304, 256_000, "Gemma-2-2B: softcap and 590 M weights", softcap=30.0, slow=True),
     Case("many_rows", 70_000, 8, 32_003, "t * v exceeds 2^31", slow=True),
 ]
 CASES = {case.name: case for case in _LIST}

@@ -8,9 +8,6 @@
 // Who holds what: hidden states are packed once ([tile][d][TILE_COLUMNS], read from the last-level cache once per WORDS
 // words); each thread packs WORDS words ([panel][d][TILE_ROWS], 4 * 96 * d bytes: 221 KB at d = 576) into its own L2
 // cache, and one tile of logits (12 KB) stays in its L1 cache. Weights are read from memory once per block of rows.
-// Per logit: d multiply-adds, then 4 to 20 operations: 3 % (nll) to 5 % (all) at d = 576.
-//
-// The ladder, 2,048 x 576 x 49,152, all outputs, is in docs/measured.md.
 
 #include <math.h>
 #include <omp.h>
@@ -198,9 +195,7 @@ struct Layout {
         partial_floats = tasks * FIELDS * rows;
         thread_floats = WORDS * d + WORDS * TILE_COLUMNS;
     }
-    int64_t bytes(int64_t threads) const {
-        return 4 * (packed_floats + partial_floats + rows + threads * thread_floats);
-    }
+    int64_t floats(int64_t threads) const { return packed_floats + partial_floats + rows + threads * thread_floats; }
 };
 
 template <bool ENTROPY, bool TOP>
@@ -241,9 +236,9 @@ static void run(const Problem& p, const Outputs& out, int threads, float* worksp
 
 }  // namespace
 
-// Bytes of workspace that linear_token_stats needs.
-FASTSEL_EXPORT(linear_token_stats_workspace)(int64_t t, int64_t d, int64_t v, int32_t threads, int64_t* bytes) {
-    *bytes = Layout(t, d, v).bytes(threads);
+// How many floats of workspace linear_token_stats needs.
+FASTSEL_EXPORT(linear_token_stats_workspace)(int64_t t, int64_t d, int64_t v, int32_t threads, int64_t* floats) {
+    *floats = Layout(t, d, v).floats(threads);
 }
 
 // hidden [t, d] and weight [v, d] hold elements of `type` (0 float32, 1 bfloat16, 2 float16); strides are elements from
