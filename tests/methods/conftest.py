@@ -1,5 +1,6 @@
 """Tiny random language models that every machine can rebuild bit for bit."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -61,3 +62,65 @@ def tiny():
         return built[kind]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def golden_rows():
+    return json.loads((GOLDEN / "rows.json").read_text())
+
+
+@pytest.fixture
+def golden():
+    """What the authors' code computed: losses as float64 arrays with NaN, selections as lists of row numbers."""
+
+    def read(name):
+        recorded = json.loads((GOLDEN / f"{name}.json").read_text())
+        for key in ("loss_cond", "loss_direct", "ifd_ppl"):
+            if key in recorded:
+                recorded[key] = np.array([np.nan if x is None else x for x in recorded[key]])
+        return recorded
+
+    return read
+
+
+WORDS = ("<s>", "q", "r", "a", "b", "c", "d", "e")
+
+
+@pytest.fixture
+def bigram():
+    """A model of eight words that knows only the word before: bigram({"q": {"a": 0.5}}) says P(a|q) = 1/2.
+
+    What a word's probabilities leave over is shared by the words not named. Attention and MLP add nothing, embeddings
+    are unit vectors, and the head holds the logarithms.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    def build(probabilities):
+        n = len(WORDS)
+        words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="e"))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
+        config = LlamaConfig(
+            vocab_size=n, hidden_size=n, intermediate_size=n, num_hidden_layers=1, num_attention_heads=1,
+            num_key_value_heads=1, max_position_embeddings=64, rms_norm_eps=0.0, tie_word_embeddings=False,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config).eval()
+        table = torch.full((n, n), 1 / n, dtype=torch.float64)
+        for before, after in probabilities.items():
+            row = table[WORDS.index(before)]
+            row[:] = (1 - sum(after.values())) / (n - len(after))
+            for word, p in after.items():
+                row[WORDS.index(word)] = p
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+            for norm in (model.model.norm, model.model.layers[0].input_layernorm):
+                norm.weight.fill_(1)
+            model.model.layers[0].post_attention_layernorm.weight.fill_(1)
+            model.model.embed_tokens.weight.copy_(torch.eye(n))
+            model.lm_head.weight.copy_(table.log().T / n**0.5)  # a unit vector's norm grows to sqrt(n)
+        return model, tokenizer
+
+    return build
