@@ -1,7 +1,24 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Attention over a forest of packed segments on a GPU; only blocks in which something is attended are visited.
 
-HEADER
+Who owns what: a program owns BLOCK_Q rows, a row being one token under one of the GROUP query heads that share a key
+    head: packing the heads of a group fills the blocks of short segments and reads their keys once. The host cuts the
+    blocks, which never cross a segment, and lists the ranges of keys of each segment (its ancestors and itself,
+    neighbours merged); a program visits those ranges only, up to its newest token. Longest blocks start first.
+Reads: each block's keys and values once a block, from the second-level cache; queries once. Writes: the output once;
+    6 + 3 integers a block and range. No atomics; the order of keys is fixed by the packing: same inputs, same bits.
+Accumulator: float32 running maximum, sum and output, in units of log2; weights are rounded to the dtype of value for
+    the second product. float32 products: three TF32 products ("tf32x3") on NVIDIA, true float32 on AMD.
+Masks: tiles that all queries of the block see in full are not masked; with a window that some sequence exceeds every
+    tile is. Keys past the end of a range repeat its last key, so that NaN stays with a segment's descendants.
+Limits: float32 heads up to 128, 16-bit heads up to 256 (wider ones spill); sizes are padded to powers of two.
+
+Ladder, predicted for one H100 from the compiled kernel, bfloat16 (no GPU has run this file yet):
+    A: 9 query heads on 3 key heads of 64, 120 sequences, 26,110 tokens (floor 23.9 us: the bytes);
+    B: the same heads, one prompt of 2,048 tokens, 8 answers of 512 (floor 26.9 us: the exponentials)
+    2026-11-22  128 rows x 64 keys, 8 warps, one program a multiprocessor     23.9 us    41.5 us   issue-bound
+    2026-11-22  64 rows x 64 keys, 4 warps, three programs                    23.9 us    45.6 us   cache-bound
+    2026-11-22  128 rows x 64 keys, 4 warps, two programs                     23.9 us    36.6 us   issue-bound
 """
 
 import torch
@@ -10,54 +27,50 @@ import triton.language as tl
 
 from fastsel.kernels._runtime.devices import triton_architecture
 from fastsel.kernels._runtime.triton_blocks import LOG2_E, MASKED, soft_capped, tile_product
-from fastsel.kernels._runtime.triton_launch import Launch, no_device
+from fastsel.kernels._runtime.triton_launch import Launch, Programs, Work, no_device
 from fastsel.kernels.tree_attention.segments import Segments
 
 # (architecture, bytes of an element, largest head size): BLOCK_Q, BLOCK_K, num_warps, num_stages, float32 products
 LAUNCH_TABLE = {
-    ("sm_80", 2, 64): (128, 64, 4, 3, "ieee"),
-    ("sm_80", 2, 128): (128, 64, 8, 3, "ieee"),
+    ("sm_80", 2, 64): (128, 32, 4, 3, "ieee"),
+    ("sm_80", 2, 128): (128, 32, 8, 3, "ieee"),
     ("sm_80", 2, 256): (64, 32, 8, 2, "ieee"),
-    ("sm_80", 4, 64): (32, 32, 8, 2, "tf32x3"),
-    ("sm_80", 4, 128): (32, 32, 8, 2, "tf32x3"),
-    ("sm_80", 4, 256): (32, 32, 8, 2, "tf32x3"),
+    ("sm_80", 4, 64): (32, 32, 4, 2, "tf32x3"),
+    ("sm_80", 4, 128): (32, 16, 8, 2, "tf32x3"),
     ("sm_90", 2, 64): (128, 64, 4, 3, "ieee"),
     ("sm_90", 2, 128): (128, 64, 8, 3, "ieee"),
-    ("sm_90", 2, 256): (128, 64, 8, 2, "ieee"),
-    ("sm_90", 4, 64): (32, 32, 8, 2, "tf32x3"),
+    ("sm_90", 2, 256): (128, 32, 8, 2, "ieee"),
+    ("sm_90", 4, 64): (64, 32, 4, 2, "tf32x3"),
     ("sm_90", 4, 128): (32, 32, 8, 2, "tf32x3"),
-    ("sm_90", 4, 256): (32, 32, 8, 2, "tf32x3"),
-    ("sm_100", 2, 64): (128, 64, 4, 3, "ieee"),
-    ("sm_100", 2, 128): (128, 64, 8, 3, "ieee"),
-    ("sm_100", 2, 256): (128, 64, 8, 2, "ieee"),
-    ("sm_100", 4, 64): (32, 32, 8, 2, "tf32x3"),
-    ("sm_100", 4, 128): (32, 32, 8, 2, "tf32x3"),
-    ("sm_100", 4, 256): (32, 32, 8, 2, "tf32x3"),
-    ("gfx942", 2, 64): (64, 64, 4, 2, "ieee"),
-    ("gfx942", 2, 128): (64, 64, 4, 2, "ieee"),
-    ("gfx942", 2, 256): (64, 32, 4, 2, "ieee"),
+    ("sm_100", 2, 64): (128, 64, 8, 2, "ieee"),
+    ("sm_100", 2, 128): (64, 64, 8, 2, "ieee"),
+    ("sm_100", 2, 256): (64, 32, 8, 2, "ieee"),
+    ("sm_100", 4, 64): (64, 32, 8, 2, "tf32x3"),
+    ("sm_100", 4, 128): (32, 16, 8, 2, "tf32x3"),
+    ("gfx942", 2, 64): (128, 64, 4, 2, "ieee"),
+    ("gfx942", 2, 128): (128, 32, 8, 2, "ieee"),
+    ("gfx942", 2, 256): (64, 32, 8, 1, "ieee"),
     ("gfx942", 4, 64): (64, 32, 4, 2, "ieee"),
-    ("gfx942", 4, 128): (64, 32, 4, 2, "ieee"),
-    ("gfx942", 4, 256): (32, 32, 4, 2, "ieee"),
+    ("gfx942", 4, 128): (64, 32, 8, 2, "ieee"),
 }
-HEAD_SIZES = (64, 128, 256)
+WIDEST_HEAD = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  # wider ones spill registers
 
 
 @triton.jit
 def attend(
-    q, best, total, accumulator, key_ptr, value_ptr, begin, stop, end, newest, oldest,
+    q, best, total, accumulator, key_ptr, value_ptr, begin, stop, newest, oldest,
     stride_key_t, stride_value_t, scale, softcap,
     HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_K: tl.constexpr,
     MASKED_TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Folds the keys begin:stop, of which those before end exist, into the running softmax (units of log2)."""
+    """Folds the keys begin:stop into the running softmax (units of log2); each row sees oldest to newest."""
     in_d = tl.arange(0, BLOCK_D)
     in_dv = tl.arange(0, BLOCK_DV)
     for k0 in range(begin, stop, BLOCK_K):
         index = k0 + tl.arange(0, BLOCK_K)
         safe = index
         if MASKED_TILES:
-            safe = tl.minimum(index, end - 1)  # never a key of another segment, whose NaN would spread as 0 * NaN
+            safe = tl.minimum(index, stop - 1)  # never a key of another segment, whose NaN would spread as 0 * NaN
         key_at = key_ptr + safe.to(tl.int64)[:, None] * stride_key_t + in_d[None, :]
         value_at = value_ptr + safe.to(tl.int64)[:, None] * stride_value_t + in_dv[None, :]
         if HEAD == BLOCK_D:
@@ -74,7 +87,7 @@ def attend(
         else:
             x = scores * (scale * LOG2_E)
         if MASKED_TILES:
-            seen = (index < end)[None, :] & (index[None, :] <= newest[:, None])
+            seen = index[None, :] <= newest[:, None]
             if oldest is not None:
                 seen = seen & (index[None, :] >= oldest[:, None])
             x = tl.where(seen, x, MASKED)
@@ -125,9 +138,10 @@ def tree_attention_kernel(
     accumulator = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
     for r in range(range_begin, range_end):
         begin = tl.load(ranges_ptr + 3 * r)
-        # Rows of the packed array come in the order of positions along a path: one comparison of row numbers is
-        # the causal mask in the segment itself and admits every row of an ancestor.
         end = tl.minimum(tl.load(ranges_ptr + 3 * r + 1), newest_token + 1)
+        # Along a path, rows of the packed array come in the order of positions: comparing row numbers is the causal
+        # mask within the segment and admits every row of an ancestor.
+        newest = tl.minimum(tokens, end - 1)
         oldest = None
         if window is not None:
             begin_position = tl.load(ranges_ptr + 3 * r + 2)
@@ -139,12 +153,12 @@ def tree_attention_kernel(
             seen_by_all = tl.maximum(tl.minimum(end, oldest_token + 1) - begin, 0)
             masked_from = begin + seen_by_all // BLOCK_K * BLOCK_K
             best, total, accumulator = attend(
-                q, best, total, accumulator, key_ptr, value_ptr, begin, masked_from, end, tokens, oldest,
+                q, best, total, accumulator, key_ptr, value_ptr, begin, masked_from, newest, oldest,
                 stride_key_t, stride_value_t, scale, softcap,
                 HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_K, False, PRECISION,
             )  # fmt: skip
         best, total, accumulator = attend(
-            q, best, total, accumulator, key_ptr, value_ptr, masked_from, end, end, tokens, oldest,
+            q, best, total, accumulator, key_ptr, value_ptr, masked_from, end, newest, oldest,
             stride_key_t, stride_value_t, scale, softcap,
             HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_K, True, PRECISION,
         )  # fmt: skip
@@ -156,7 +170,7 @@ def tree_attention_kernel(
     )
 
 
-def query_blocks(segments: Segments, block_q: int, group: int) -> tuple[list[list[int]], list[list[int]]]:
+def _query_blocks(segments: Segments, block_q: int, group: int) -> tuple[list[list[int]], list[list[int]]]:
     """What each program attends, longest first, and the ranges of keys that each segment sees.
 
     Returns:
@@ -164,7 +178,9 @@ def query_blocks(segments: Segments, block_q: int, group: int) -> tuple[list[lis
         within the segment, position of the segment's first token, first and end index of its ranges; and one row
         a range: first token, end, position of the first token.
     """
-    blocks, ranges, keys_seen = [], [], []
+    blocks: list[list[int]] = []
+    ranges: list[list[int]] = []
+    keys_seen: list[int] = []
     for s, ancestors in enumerate(segments.ancestor_ranges):
         begin, end, position = segments.start_list[s], segments.start_list[s + 1], segments.first_positions[s]
         range_begin = len(ranges)
@@ -190,11 +206,12 @@ def unsupported(
     scale: float,
 ) -> str | None:
     """Why these inputs cannot run here, or None."""
-    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"takes float32, bfloat16 and float16; query is {str(query.dtype).removeprefix('torch.')}"
+    dtype = str(query.dtype).removeprefix("torch.")
+    if query.dtype not in WIDEST_HEAD:
+        return f"takes float32, bfloat16 and float16; query is {dtype}"
     widest = max(query.shape[2], value.shape[2])
-    if widest > HEAD_SIZES[-1]:
-        return f"takes heads of at most {HEAD_SIZES[-1]} features; these have {widest}"
+    if widest > WIDEST_HEAD[query.dtype]:
+        return f"takes {dtype} heads of at most {WIDEST_HEAD[query.dtype]} features; these have {widest}"
     return no_device(query)
 
 
@@ -213,10 +230,10 @@ def plan(
     n_tokens, n_heads, head = query.shape
     n_key_heads, head_v = value.shape[1:]
     query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
-    size = next(size for size in HEAD_SIZES if size >= max(head, head_v))
+    size = next(size for size in (64, 128, 256) if size >= max(head, head_v))
     block_q, block_k, num_warps, num_stages, precision = LAUNCH_TABLE[architecture, query.element_size(), size]
     group = n_heads // n_key_heads
-    blocks, ranges = query_blocks(segments, block_q, group)
+    blocks, ranges = _query_blocks(segments, block_q, group)
     if window is not None and window >= max((end - begin + at for begin, end, at in ranges), default=0):
         window = None  # no sequence is as long as the window: the code without it is faster
     out = query.new_empty(n_tokens, n_heads, head_v)
@@ -240,6 +257,34 @@ def plan(
             {"num_warps": num_warps, "num_stages": num_stages},
         )
     ]
+
+
+def work(launch: Launch, segments: Segments, head_dim: int) -> Work:
+    """What the launch executes (heads of equal size, no window) and what the task needs, for a predicted time."""
+    c, itemsize = launch.constants, launch.arguments["query_ptr"].element_size()
+    products = 3 if c["PRECISION"] == "tf32x3" else 1
+    programs = []
+    blocks, ranges = _query_blocks(segments, c["BLOCK_Q"], c["GROUP"])
+    for begin, segment_end, first_row, _, range_begin, range_end in blocks:
+        oldest = begin + first_row // c["GROUP"]
+        newest = min(begin + (first_row + c["BLOCK_Q"] - 1) // c["GROUP"], segment_end - 1)
+        full = masked = 0
+        for range_first, range_stop, _ in ranges[range_begin:range_end]:
+            seen_by_all = max(0, min(range_stop, oldest + 1) - range_first) // c["BLOCK_K"]
+            full += seen_by_all
+            masked += triton.cdiv(min(range_stop, newest + 1) - range_first, c["BLOCK_K"]) - seen_by_all
+        programs.append(Programs(launch.grid[1], (full, masked), range_end - range_begin))
+    n_heads = launch.grid[1] * c["GROUP"]
+    pairs = n_heads * int((segments.positions + 1).sum())
+    return Work(
+        programs=programs,
+        flops=products * 2 * c["BLOCK_Q"] * c["BLOCK_K"] * (c["BLOCK_D"] + c["BLOCK_DV"]),
+        cache_bytes=c["BLOCK_K"] * 2 * head_dim * itemsize,
+        matrix_units="16-bit" if itemsize == 2 else "tf32",
+        needed_flops=products * 4 * pairs * head_dim,
+        needed_exponentials=pairs,
+        needed_bytes=2 * segments.n_tokens * (n_heads + launch.grid[1]) * head_dim * itemsize,
+    )
 
 
 def compute(
