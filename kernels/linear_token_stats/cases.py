@@ -52,3 +52,8 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed
     hidden, weight = hidden.to(device, dtype), weight.to(device, dtype)
     bias = None if bias is None else bias.to(device, dtype)
     return hidden, weight, targets.to(device), bias, case.softcap, case.scale, ALL_OUTPUTS
+
+
+def cost(case: Case) -> tuple[float, float]:
+    """Floating-point operations, and bytes that must move at 4 bytes a number: what the roofline is drawn from."""
+    return 2.0 * case.t * case.v * case.d, 4.0 * (case.t * case.d + case.v * case.d + 6 * case.t)
