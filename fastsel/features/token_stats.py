@@ -6,10 +6,10 @@ depend on where a run was interrupted. Only the hidden states that predict answe
 
 import time
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from fastsel.features.answer_tokens import (
     RowTokens,
     ScoredSequence,
 )
+from fastsel.features.batches import ROWS_AT_ONCE, Shard, cut_into_batches, plan_shards, without_twins
 from fastsel.io.examples import OK, SKIPPED, TRUNCATED
 from fastsel.io.templates import Template
 from fastsel.kernels.linear_token_stats import linear_token_stats
@@ -43,24 +44,13 @@ if TYPE_CHECKING:
     from fastsel.io import Pool
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-SHARD_TOKENS = 65_536  # what an interruption can cost
-MAX_SHARDS = 1000  # the index is rewritten after each one
-ROWS_AT_ONCE = 1024
 
 
 class Executor(Protocol):
     """Where shards run."""
 
-    def map_shards(self, function: Callable[["Shard"], NDArray[Any]], shards: Sequence["Shard"]) -> Iterable[Any]:
+    def map_shards(self, function: Callable[[Shard], NDArray[Any]], shards: Sequence[Shard]) -> Iterable[Any]:
         """The function's results, in the order of the shards."""
-
-
-class Shard(NamedTuple):
-    """Pool rows start..stop and the tokens that separate forwards of them would process."""
-
-    start: int
-    stop: int
-    tokens: int
 
 
 @dataclass
@@ -181,7 +171,7 @@ def answer_losses(
     if kept is not None and kept.plan is not None:
         shards = [Shard(*shard) for shard in kept.plan]
     else:
-        shards = _plan(pool, tokenise)
+        shards = plan_shards(pool, tokenise)
         if kept is not None:
             kept.set_plan(shards)
     planned = time.perf_counter()
@@ -227,24 +217,6 @@ def window_of(loaded: LoadedModel, asked: int | None, papers: int) -> int:
     return asked
 
 
-def _plan(pool: "Pool", tokenise: AnswerTokenizer) -> list[Shard]:
-    """Cut the pool into runs of rows with about equally many tokens."""
-    sizes = np.zeros(len(pool), np.int64)
-    for examples in pool.chunks(rows=ROWS_AT_ONCE):
-        for row in tokenise(examples):
-            sizes[row.row_id] = row.size
-    shard_tokens = max(SHARD_TOKENS, -(-int(sizes.sum()) // MAX_SHARDS))
-    shards, start, tokens = [], 0, 0
-    for row_id, size in enumerate(sizes.tolist()):
-        if tokens and tokens + size > shard_tokens:
-            shards.append(Shard(start, row_id, tokens))
-            start, tokens = row_id, 0
-        tokens += size
-    if len(pool):
-        shards.append(Shard(start, len(pool), tokens))
-    return shards
-
-
 def _content(pool: "Pool", shard: Shard) -> str:
     return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(pool.content_hash[shard.start : shard.stop]).tobytes())
 
@@ -274,7 +246,7 @@ def _score_shard(
     for row in rows:
         records["n_tokens"][row.row_id - shard.start] = row.n_tokens
         records["why"][row.row_id - shard.start] = row.why
-    rows, twins = _without_twins(rows)
+    rows, twins = without_twins(rows)
     for batch in cut_into_batches(rows, batch_tokens):
         sums = _sums([sequence for _, sequence in batch], model, implementation)
         for (row_id, sequence), nll in zip(batch, sums, strict=True):
@@ -291,40 +263,6 @@ def _score_shard(
     not_a_number = np.any([np.isnan(records[f"nll_{of_pass}"]) for of_pass in passes], axis=0)
     records["why"][not_a_number] = NOT_A_NUMBER
     return records
-
-
-def _without_twins(rows: Iterable[RowTokens]) -> tuple[list[RowTokens], list[tuple[int, RowTokens]]]:
-    """Rows that differ, and (row_id, its first equal) of the others: equal rows must have equal bits to tie."""
-    firsts: dict[tuple[Any, ...], RowTokens] = {}
-    twins = []
-    for row in rows:
-        if row.sequences:
-            key = tuple((sequence.of_pass, sequence.first, tuple(sequence.ids)) for sequence in row.sequences)
-            first = firsts.setdefault(key, row)
-            if first is not row:
-                twins.append((row.row_id, first))
-    return list(firsts.values()), twins
-
-
-def cut_into_batches(rows: Iterable[RowTokens], batch_tokens: int) -> Iterator[list[tuple[int, ScoredSequence]]]:
-    """Batches of (row_id, sequence) of at most batch_tokens tokens, short rows first.
-
-    A row's passes and turns stay together, since its turns share their beginning; only a row that is larger than the
-    budget is taken apart, and only a single sequence may exceed it.
-    """
-    batch: list[tuple[int, ScoredSequence]] = []
-    filled = 0
-    for row in sorted(rows, key=lambda row: (row.size, row.row_id)):
-        whole = row.size <= batch_tokens
-        for unit in [row.sequences] if whole else [[sequence] for sequence in row.sequences]:
-            size = sum(len(sequence.ids) for sequence in unit)
-            if batch and filled + size > batch_tokens:
-                yield batch
-                batch, filled = [], 0
-            batch += [(row.row_id, sequence) for sequence in unit]
-            filled += size
-    if batch:
-        yield batch
 
 
 def _sums(sequences: Sequence[ScoredSequence], model: PackedForward, implementation: str) -> NDArray[np.float64]:
