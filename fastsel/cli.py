@@ -5,6 +5,7 @@
 """
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -252,7 +253,8 @@ def _demo(given: dict[str, Any], console: Console) -> int:
         progress="none" if given.get("quiet") else given.get("progress", "auto"),
         on_folder=lambda folder: console.write_log(folder / "run.log"),
     )
-    print(json.dumps(outcome.as_dict()) if given.get("json") else outcome.text())
+    next_step = "\nnext, your own pool: fastsel select ifd --pool POOL.jsonl --budget 10% -o DIR"
+    print(json.dumps(outcome.as_dict()) if given.get("json") else outcome.text() + next_step)
     return SHORT_OF_BUDGET if outcome.short_by else 0
 
 
@@ -363,6 +365,8 @@ def entry_point() -> NoReturn:
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of sources may hold what the terminal cannot show
     # Two libraries would draw bars and print notes over ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

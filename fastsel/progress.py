@@ -34,6 +34,7 @@ class Progress:
         self.unit = unit
         self.description = description
         self.done = 0
+        self._done_before = 0
         self._stream = stream
         self._clock = clock
         self._started = clock()
@@ -42,6 +43,11 @@ class Progress:
         """Count n more units as finished."""
         self.done += n
         self._draw()
+
+    def skip(self, n: int) -> None:
+        """Count n units that an earlier run finished: they are done, but say nothing about the speed."""
+        self.done += n
+        self._done_before += n
 
     def close(self) -> None:
         """Stop drawing; called on leaving the `with` block."""
@@ -77,6 +83,12 @@ class _Bar(Progress):
         self.done += n
         self._bar.update(n)
 
+    def skip(self, n: int) -> None:
+        super().skip(n)
+        self._bar.initial += n  # tqdm leaves it out of the rate
+        self._bar.n += n
+        self._bar.refresh()
+
     def close(self) -> None:
         self._bar.close()
 
@@ -100,7 +112,7 @@ class _Lines(Progress):
             self._write(self._clock() - self._started)
 
     def _write(self, elapsed: float) -> None:
-        rate = self.done / max(elapsed, 1e-9)
+        rate = (self.done - self._done_before) / max(elapsed, 1e-9)
         line = f"{self.description}: {self.done:,}"
         if self.total:
             left = (self.total - self.done) / max(rate, 1e-9)

@@ -59,6 +59,17 @@ def test_without_a_total_there_is_no_percentage():
     assert stream.getvalue() == "scoring: 100 tok, 10 tok/s\n"
 
 
+def test_what_an_earlier_run_finished_does_not_count_for_the_speed():
+    stream, terminal, clock = io.StringIO(), Terminal(), Clock()
+    for mode, where in (("plain", stream), ("bar", terminal)):
+        with progress_bar(1000, mode=mode, description="scoring", stream=where, clock=clock) as bar:
+            bar.skip(600)
+            clock.now += 10
+            bar.update(100)
+    assert stream.getvalue() == "scoring: 700 of 1,000 tok (70%), 10 tok/s, 30.0 s left\n"
+    assert "60%" in terminal.getvalue()
+
+
 def test_json_lines_can_be_read_by_a_program():
     stream = io.StringIO()
     run("json", stream, seconds_a_step=1.0)
