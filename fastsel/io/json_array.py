@@ -90,8 +90,8 @@ def _end_of_element(text: str, position: int, line: int, at_end: bool) -> int | 
         raise _broken(line + text.count("\n", position, error.pos), error.msg) from error
     except (RecursionError, ValueError) as error:
         raise _broken(line, f"an element cannot be parsed: {error}") from error
-    if end == len(text) and text[end - 1] not in '}]"' and not at_end:
-        return None  # a number may go on
+    if text[end - 1] not in '}]"' and len(text) - end < 3 and not at_end:
+        return None  # a number may go on: "0" may be the beginning of "0.5" or "0e+1"
     return end
 
 

@@ -108,6 +108,7 @@ def read_layout_options(format: str = "auto", columns: Words = None, tags: Words
     keys: dict[str, str] = {}
     roles = dict(ROLES)
     training_key: str | None = None
+    trained: list[str] = []
     for word, value in words.items():
         if value is None:
             continue
@@ -130,13 +131,13 @@ def read_layout_options(format: str = "auto", columns: Words = None, tags: Words
             training_key = _text(word, value)
         elif word == "roles_to_train":
             trained = [value] if isinstance(value, str) else list(value)
-            if any(roles.get(role) != "assistant" for role in trained):
-                raise UsageError(f"--tags: roles_to_train is {trained}, but fastsel scores the assistant's turns and no others")
         else:
             known = [*_FIELD_WORDS, *_KEY_WORDS, *_ROLE_WORDS, *_OTHER_WORDS]
             near = difflib.get_close_matches(word, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known words: {', '.join(known)}"
             raise UsageError(f"--columns/--tags: unknown word {word!r}{hint}")
+    if any(roles.get(role) != "assistant" for role in trained):
+        raise UsageError(f"--tags: roles_to_train is {trained}, but only the assistant's turns can be scored")
     if format == "prompt_completion" and "response" in fields:
         fields.setdefault("completion", fields.pop("response"))
     _check_complete(format, fields)

@@ -16,7 +16,8 @@ from fastsel.io.files import InputFile, check_unchanged, state_of
 from fastsel.io.records import RowDigest
 
 _ROWS_A_BATCH = 4096
-_ROWS_A_PASS = 1 << 16
+_ROWS_A_PASS = 1 << 16  # when rows are chosen; fewer where they are long
+_BYTES_A_PASS = 1 << 27
 
 
 class Shard(Protocol):
@@ -139,6 +140,7 @@ class Tables:
         self.unit = "rows"
         self.done = 0
         self._shards = list(shards)
+        self._row_bytes = 0  # of an average row; known after scan
         self._first_rows = [0, *accumulate(shard.num_rows for shard in shards)]
         self.total: int | None = self._first_rows[-1]
         self.schema = shards[0].schema
@@ -153,6 +155,7 @@ class Tables:
     def scan(self, limit: int | None) -> Iterator[tuple[object, str]]:
         """The value and place of each row, once; after it `digest` is known."""
         digest = RowDigest()
+        size = 0
         for shard in self._shards:
             rows = shard.num_rows if limit is None else min(shard.num_rows, limit - self.done)
             if rows <= 0 and self.inputs:
@@ -161,6 +164,7 @@ class Tables:
             entry = InputFile(shard.path, rows)
             self.inputs.append(entry)
             for batch in shard.batches(0, rows):
+                size += batch.nbytes
                 for row in _values(batch):
                     digest.update(row)
                     yield row, f"row_id {self.done}"
@@ -168,6 +172,7 @@ class Tables:
             if in_memory:
                 entry.sha256 = digest.sha256
         self.digest = digest.xxh3
+        self._row_bytes = size // max(self.done, 1)
 
     def read(self, start: int, stop: int) -> Iterator[tuple[object, int]]:
         """The values of rows start..stop, each with its share of the bytes of its batch."""
@@ -210,8 +215,9 @@ class Tables:
         """Write rows as Parquet in the order asked, with the schema of the pool."""
         # Not "compliant": that would rename the items of lists, and the schema is to stay the user's.
         with pq.ParquetWriter(path, self.schema, use_compliant_nested_type=False) as out:
-            for begin in range(0, len(row_ids), _ROWS_A_PASS):
-                out.write_table(self.take(row_ids[begin : begin + _ROWS_A_PASS]).cast(self.schema))
+            rows = max(1, min(_ROWS_A_PASS, _BYTES_A_PASS // max(self._row_bytes, 1)))
+            for begin in range(0, len(row_ids), rows):
+                out.write_table(self.take(row_ids[begin : begin + rows]).cast(self.schema))
 
 
 def _pick(batches: Iterator[pa.RecordBatch], position: int, rows: list[int]) -> list[pa.RecordBatch]:

@@ -1,6 +1,7 @@
 """Pools in JSON Lines and JSON arrays, plain or compressed: read in blocks, kept as one byte offset a row."""
 
 import json
+import tempfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -8,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import xxhash
 
 from fastsel.errors import InputError, RunFailedError
@@ -15,7 +17,6 @@ from fastsel.io import files
 from fastsel.io.files import HashingFile, InputFile
 
 _BOM = b"\xef\xbb\xbf"
-_ROWS_A_PASS = 1 << 16
 
 
 class Piece(NamedTuple):
@@ -85,6 +86,12 @@ def parse(raw: bytes) -> object:
         return Unreadable("not usable JSON (nested too deeply)")
     except ValueError as error:  # Python refuses integers of more than 4,300 digits
         return Unreadable(f"not usable JSON ({error})")
+
+
+def _as_line(raw: bytes) -> bytes:
+    if b"\n" in raw:  # an element of an array, over several lines; a line end cannot stand inside a JSON string
+        raw = b"".join(part.strip() for part in raw.split(b"\n"))
+    return raw + b"\n"
 
 
 class TextFiles:
@@ -157,32 +164,40 @@ class TextFiles:
 
     def rows(self, row_ids: Sequence[int]) -> list[Any]:
         """The values of any rows, in the order asked."""
-        return [parse(raw) for raw in self._raw_rows(row_ids)]
+        order = sorted(range(len(row_ids)), key=row_ids.__getitem__)  # a compressed file is streamed once
+        values: list[Any] = [None] * len(order)
+        for position, raw in zip(order, self._raw_rows([row_ids[position] for position in order]), strict=True):
+            values[position] = parse(raw)
+        return values
 
     def write(self, row_ids: Sequence[int], path: Path) -> None:
         """Write rows, a line each, in the order asked: a JSONL row is the line's own bytes without its line end."""
-        with open(path, "wb") as out:
-            for block in range(0, len(row_ids), _ROWS_A_PASS):
-                for raw in self._raw_rows(row_ids[block : block + _ROWS_A_PASS]):
-                    if b"\n" in raw:  # an array element over several lines; inside a JSON string no line end can stand
-                        raw = b"".join(part.strip() for part in raw.split(b"\n"))
-                    out.write(raw)
-                    out.write(b"\n")
+        ascending = all(row_ids[i] <= row_ids[i + 1] for i in range(len(row_ids) - 1))
+        if ascending or not any(map(files.compression, self._paths)):
+            with open(path, "wb") as out:
+                for raw in self._raw_rows(row_ids):
+                    out.write(_as_line(raw))
+            return
+        # Out of order from a compressed file: one streaming pass to a plain file, which can then be read anywhere.
+        order = array("q", np.argsort(np.asarray(row_ids), kind="stable").tobytes())
+        offsets = array("q", bytes(8 * len(order)))
+        with tempfile.TemporaryFile(dir=path.parent) as plain, open(path, "wb") as out:
+            for position, raw in zip(order, self._raw_rows([row_ids[position] for position in order]), strict=True):
+                offsets[position] = plain.tell()
+                plain.write(_as_line(raw))
+            for offset in offsets:
+                plain.seek(offset)
+                out.write(plain.readline())
 
-    def _raw_rows(self, row_ids: Sequence[int]) -> list[bytes]:
-        # Ascending, so that a compressed file is streamed once; runs of neighbours are one read.
-        order = sorted(range(len(row_ids)), key=row_ids.__getitem__)
-        raws: list[bytes] = [b""] * len(order)
+    def _raw_rows(self, row_ids: Sequence[int]) -> Iterator[bytes]:
+        """The bytes of any rows, in the order asked; neighbours are one read."""
         done = 0
-        while done < len(order):
+        while done < len(row_ids):
             run = done + 1
-            while run < len(order) and row_ids[order[run]] - row_ids[order[done]] == run - done:
+            while run < len(row_ids) and row_ids[run] - row_ids[done] == run - done:
                 run += 1
-            start = int(row_ids[order[done]])
-            for position, raw in zip(order[done:run], self._raw_range(start, start + run - done), strict=True):
-                raws[position] = raw
+            yield from self._raw_range(row_ids[done], row_ids[done] + run - done)
             done = run
-        return raws
 
     def _raw_range(self, start: int, stop: int) -> Iterator[bytes]:
         while start < stop:

@@ -260,8 +260,8 @@ def test_tags_in_llama_factory_and_axolotl_words():
     llama_factory = {"role_tag": "who", "content_tag": "says", "user_tag": "Q", "assistant_tag": "A"}
     axolotl = {
         "message_property_mappings": {"role": "who", "content": "says"},
+        "roles_to_train": ["A"],
         "roles": {"user": ["Q"], "assistant": "A"},
-        "roles_to_train": ["assistant"],
     }
     for tags in (llama_factory, axolotl):
         assert read({"dialog": turns}, columns={"field_messages": "dialog"}, tags=tags).messages == (QUESTION, ANSWER)
@@ -279,7 +279,7 @@ def test_tags_in_llama_factory_and_axolotl_words():
         ({"columns": {"prompt": "q", "response": "a", "completion": "c"}}, "both a response and a completion column"),
         ({"columns": {"prompt": 3, "response": "a"}}, "must be the name of a column"),
         ({"columns": {"text": "t"}, "format": "messages"}, "--format messages needs the columns messages"),
-        ({"tags": {"roles_to_train": ["user"]}}, "scores the assistant's turns and no others"),
+        ({"tags": {"roles_to_train": ["user"]}}, "only the assistant's turns can be scored"),
     ],
 )
 def test_refuses_options_that_make_no_sense(options, message):

@@ -30,7 +30,7 @@ def blocks_of(content, size):
     return (content[i : i + size] for i in range(0, len(content), size))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(st.lists(values, max_size=6), st.sampled_from([None, 1, "\t"]), st.booleans(), st.integers(1, 9), st.data())
 def test_law_elements_and_offsets_are_those_of_the_whole(elements, indent, ascii, size, data):
     """Split in blocks of any size, each element parses to its value, lies at its offset and begins on its line."""
