@@ -17,10 +17,10 @@ WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "w
 # Shards of 400 tokens instead of 65,536, so that a small pool has many; after the second the process signals itself.
 STOP_AFTER_TWO_SHARDS = """
 import os, sys
-import fastsel.features.token_stats as token_stats
+import fastsel.features.batches as batches
 from fastsel.cli import entry_point
 from fastsel.store import FeatureStore
-token_stats.SHARD_TOKENS = 400
+batches.SHARD_TOKENS = 400
 write, written, number = FeatureStore.write, [], int(sys.argv.pop())
 def write_and_stop(self, *arguments):
     write(self, *arguments)
@@ -83,7 +83,7 @@ def stop(model, out, number):
     ("number", "code", "how"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 75, "terminated")]
 )
 def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(number, code, how, model, pool, capsys, monkeypatch):
-    monkeypatch.setattr("fastsel.features.token_stats.SHARD_TOKENS", 400)
+    monkeypatch.setattr("fastsel.features.batches.SHARD_TOKENS", 400)
     assert main(words(model, "whole")) == 0
     shards = sorted(path.name for path in (pool / "whole/features").glob("*.npy"))
     assert len(shards) > 4
@@ -111,7 +111,7 @@ def test_another_request_does_not_go_on_with_a_stopped_run(model, pool, capsys, 
     assert main(words(model, "out", "--template", "none")) == 2
     err = capsys.readouterr().err
     assert "an unfinished run of another request" in err and 'template: "alpaca" there, "none" now' in err
-    monkeypatch.setattr("fastsel.features.token_stats.SHARD_TOKENS", 400)
+    monkeypatch.setattr("fastsel.features.batches.SHARD_TOKENS", 400)
     assert main(words(model, "out", "--template", "none", "--overwrite")) == 0
 
 

@@ -185,7 +185,7 @@ def answer_losses(
         for shard in shards:
             if kept is not None and kept.has(shard.start, shard.stop, _content(pool, shard)):
                 records[shard.start : shard.stop] = kept.read(shard.start, shard.stop)
-                bar.update(shard.tokens)
+                bar.skip(shard.tokens)
             else:
                 todo.append(shard)
         results = map(score, todo) if executor is None else executor.map_shards(score, todo)
