@@ -241,6 +241,8 @@ class PackedForward:
         self.loaded = loaded
         self.implementation = implementation
         self.body = loaded.model.base_model
+        if self.body is loaded.model:
+            raise InputError(f"{loaded.name} ({type(loaded.model).__name__}) does not keep its layers apart from its head")
         self.config = loaded.model.config.get_text_config()
         self.head = _head_parameters(loaded.model, self.config)
         self.one_by_one = False
@@ -358,6 +360,8 @@ class PackedForward:
         windowed = list(getattr(self.config, "layer_types", None) or []).count("sliding_attention")
         if windowed and running.windowed_calls != windowed:
             return f"{windowed} of its layers have a window, and {running.windowed_calls} tell it to the attention"
+        if not windowed and getattr(self.config, "sliding_window", None) and not (kinds or running.windowed_calls):
+            return "its configuration has a window, and its layers do not tell it to the attention"
         if getattr(self.config, "attention_chunk_size", None) is not None:
             return "it attends within chunks"
         difference = max(
