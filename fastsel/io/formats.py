@@ -122,14 +122,12 @@ class RowReader:
         prompt, answer = lookup(row, prompt_at), lookup(row, answer_at)
         if prompt is None and answer is None:
             return None
-        if answer is None and answer_at not in row and not self._options.fields:
+        if (answer is None and answer_at not in row) or (prompt is None and prompt_at not in row):
             return None  # half a layout is not that layout: {"prompt", "chosen"} is not prompt and completion
         if layout == "prompt_completion":
             return self._prompt_completion(row, row_id, prompt, answer, fields)
         if layout == "alpaca" and not _SCORE_STRUCTS.isdisjoint(row):
             layout = "oda"
-        if prompt is None and answer is not None and prompt_at not in row:
-            return None
         answer = answer_text(answer, answer_at)
         instruction = well_formed(text_of(prompt, prompt_at))
         input = well_formed(self._optional_text(row, fields["query"]) or "") if "query" in fields else ""

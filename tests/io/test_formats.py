@@ -249,6 +249,13 @@ def test_columns_name_fields_and_reset_the_others():
     assert read({"body": "b"}, columns={"field": "body"}, format="text").messages == (Message("assistant", "b"),)
 
 
+def test_a_column_that_no_row_has_is_said_at_once():
+    with pytest.raises(InputError, match="keys are question, answer; the nearest format is alpaca"):
+        open_pool([{"question": "q", "answer": "a"}], columns="prompt=question response=anwser")
+    with pytest.raises(InputError, match="keys are turns; the nearest format is messages"):
+        open_pool([{"turns": TURNS}], columns="messages=turn")
+
+
 def test_columns_may_be_paths_into_objects():
     row = {"data": {"turns": TURNS, "origin": "web"}}
     example = read(row, columns={"messages": "data.turns", "source": "data.origin"})

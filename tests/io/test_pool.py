@@ -219,7 +219,7 @@ def measured_memory(folder, rows, bad=0):
 
 
 def test_a_pool_keeps_less_than_90_bytes_a_row(tmp_path):
-    """Counted by the allocators of Python and Arrow: offset 8, hash 16, status 1, id 25, source 4, and some to spare."""
+    """Counted by the allocators of Python and Arrow: offset 8, hash 16, status 1, id 25, source 4, and slack."""
     rows = 20_000
     path = tmp_path / "pool.jsonl"
     with open(path, "w") as out:
