@@ -29,15 +29,14 @@ def plan_shards(pool: "Pool", tokenise: AnswerTokenizer) -> list[Shard]:
     for examples in pool.chunks(rows=ROWS_AT_ONCE):
         for row in tokenise(examples):
             sizes[row.row_id] = row.size
-    shard_tokens = max(SHARD_TOKENS, -(-int(sizes.sum()) // MAX_SHARDS))
-    shards, start, tokens = [], 0, 0
-    for row_id, size in enumerate(sizes.tolist()):
-        if tokens and tokens + size > shard_tokens:
-            shards.append(Shard(start, row_id, tokens))
-            start, tokens = row_id, 0
-        tokens += size
-    if len(pool):
-        shards.append(Shard(start, len(pool), tokens))
+    tokens_before = np.concatenate([[0], np.cumsum(sizes)])
+    shard_tokens = max(SHARD_TOKENS, -(-int(tokens_before[-1]) // MAX_SHARDS))
+    shards, start = [], 0
+    while start < len(pool):
+        stop = int(np.searchsorted(tokens_before, tokens_before[start] + shard_tokens, side="right")) - 1
+        stop = max(stop, start + 1)  # a row larger than a shard is one of its own
+        shards.append(Shard(start, stop, int(tokens_before[stop] - tokens_before[start])))
+        start = stop
     return shards
 
 

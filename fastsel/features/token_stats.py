@@ -138,6 +138,8 @@ def answer_losses(
     for name, value, known in (("overflow", overflow, OVERFLOW), ("turns", turns, TURNS)):
         if value not in known:
             raise UsageError(f"{name}={value!r} is not known; it is one of: {', '.join(known)}")
+    if rule != "shared" and overflow != "truncate":
+        raise UsageError(f"overflow={overflow!r}: released code cuts long rows in its own way; leave official=True out")
     if batch_tokens is not None and batch_tokens < 1:
         raise UsageError(f"batch_tokens={batch_tokens} must be at least 1")
     started = time.perf_counter()

@@ -229,6 +229,7 @@ def test_windows(loaded):
     [
         ({"overflow": "cut"}, "overflow='cut' is not known; it is one of: truncate, skip, error"),
         ({"turns": "first"}, "turns='first' is not known; it is one of: all, last"),
+        ({"rule": "cherry", "overflow": "skip"}, "overflow='skip': released code cuts long rows in its own way"),
         ({"batch_tokens": 0}, "batch_tokens=0 must be at least 1"),
     ],
 )
