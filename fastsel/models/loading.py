@@ -7,6 +7,7 @@ trust_remote_code is always off.
 import contextlib
 import importlib.util
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -289,7 +290,9 @@ def _from_adapter(folder: Path, name: str, device: torch.device, dtype: str, off
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    adapted = PeftModel.from_pretrained(base, str(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks for what transformers deprecates; not the user's
+        adapted = PeftModel.from_pretrained(base, str(folder))
     # Merging rounds quantised weights again, so these keep the adapter beside them.
     merged = adapted.get_base_model() if dtype in QUANTISED else adapted.merge_and_unload()
     return merged.requires_grad_(False), tokenizer

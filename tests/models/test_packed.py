@@ -139,10 +139,10 @@ def test_other_models_are_padded_and_say_why(name):
             ours = forward.hidden_states(batch, batch.rows(index, 2, len(sequence)))
             assert len(ours) == max(0, len(sequence) - 2)
             if len(ours):
-                assert relative_error(ours, separate_hidden_states(loaded.model, sequence)[2:]) < 2e-5
+                assert relative_error(ours, separate_hidden_states(loaded.model, sequence)[2:]) < 5e-5
     everything = torch.cat([batch.rows(index, 0, len(sequence)) for index, sequence in enumerate(sequences)])
     expected = torch.cat([separate_hidden_states(loaded.model, sequence) for sequence in sequences])
-    assert relative_error(forward.hidden_states(batch, everything), expected) < 2e-5
+    assert relative_error(forward.hidden_states(batch, everything), expected) < 5e-5
 
 
 def test_rotations_that_depend_on_the_longest_sequence_are_not_mixed():
