@@ -140,7 +140,7 @@ def summary_text(facts: Mapping[str, Any]) -> str:
     Args:
         facts: what summarize() returned.
     """
-    counts, scores, random, unit = facts["counts"], facts["scores"], facts["random_baseline"], facts["unit"]
+    counts, scores, unit = facts["counts"], facts["scores"], facts["unit"]
     official = " (official)" if facts["official"] else ""
     pool = facts["pool"]
     lines = [f"{facts['method']}{official}: kept {facts['kept']:,} of {pool['rows']:,} rows of {pool['name']}"]
@@ -162,13 +162,7 @@ def summary_text(facts: Mapping[str, Any]) -> str:
         else ""
     )
     lines.append(_line("rows", ", ".join(f"{count:,} {name}" for name, count in counts.items() if count) + rule))
-    lines.append(
-        _line(
-            "random",
-            f"a random draw of {random['rows']:,} rows shares {random['overlap']:,} with the choice "
-            f"({random['expected_overlap']:,.1f} expected; seed {facts['seed']})",
-        )
-    )
+    lines.append(_line("random", random_text(facts)))
     if facts["tokens"]:
         means = ", ".join(f"{name} {number(facts['tokens'][name]['mean'])}" for name in ("kept", "pool", "random"))
         lines.append(_line("length", f"mean tokens a row: {means}"))
@@ -178,6 +172,17 @@ def summary_text(facts: Mapping[str, Any]) -> str:
         lines.append(_line("time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in facts["timings"].items())))
     lines += [_line("note", note) for note in facts["notes"]]
     return "\n".join(lines)
+
+
+def random_text(facts: Mapping[str, Any]) -> str:
+    """What the choice has in common with the random draw, in one sentence."""
+    random = facts["random_baseline"]
+    if facts["method"] == "random" and random["overlap"] == random["rows"] == facts["kept"]:
+        return f"the choice is the random draw of seed {facts['seed']} itself"
+    return (
+        f"a random draw of {random['rows']:,} rows shares {random['overlap']:,} with the choice "
+        f"({random['expected_overlap']:,.1f} expected; seed {facts['seed']})"
+    )
 
 
 def number(value: float | None) -> str:

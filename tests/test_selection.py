@@ -329,6 +329,9 @@ def test_the_random_draw_is_the_random_methods_choice():
     selection = make_selection(np.arange(50.0), "20%")
     pool, usable = make_pool([None] * 50), np.ones(50, bool)
     assert selection.baseline.tolist() == choose(random_scores(50, 3), usable, "20%", pool=pool).tolist()
+    assert "random draw of seed 3 itself" not in str(selection)
+    itself = make_selection(random_scores(50, 3), "20%", method="random")
+    assert "the choice is the random draw of seed 3 itself" in str(itself)
     assert make_selection(np.arange(50.0), "20%", seed=4).baseline.tolist() != selection.baseline.tolist()
 
 

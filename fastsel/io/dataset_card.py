@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsel.io.llama_factory import dataset_name
-from fastsel.summary import length_name, number, summarize
+from fastsel.summary import length_name, number, random_text, summarize
 
 if TYPE_CHECKING:
     from fastsel.selection import Selection
@@ -57,8 +57,7 @@ def dataset_card(selection: Selection, file_name: str, *, has_dataset_info: bool
         lines.append(f"| mean tokens a row | {means} |")
     lines += [
         "",
-        f"The random draw (same budget, seed {facts['seed']}) shares {random['overlap']:,} rows with the choice; "
-        f"{number(random['expected_overlap'])} are expected by chance. Pool: {counts}.",
+        f"The random draw has the same budget: {random_text(facts)}. Pool: {counts}.",
     ]
     if facts["refused"]["rows"]:
         lines.append(f"{facts['refused']['rows']:,} scored rows were kept out by the rule: {facts['refused']['rule']}.")

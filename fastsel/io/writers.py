@@ -130,7 +130,12 @@ def _judge_folder(selection: Selection, folder: Path, output: dict[str, Any], ov
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file, not a folder")
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    before = read_manifest(folder) if MANIFEST in names else None
+    try:
+        before = read_manifest(folder) if MANIFEST in names else None
+    except InputError:
+        if not overwrite:
+            raise
+        before = None
     if overwrite:
         return before
     if before is not None:

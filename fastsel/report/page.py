@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsel import __version__
+from fastsel.errors import UsageError
 from fastsel.report.content import report_content
-from fastsel.summary import number
+from fastsel.summary import number, random_text
 
 if TYPE_CHECKING:
     from fastsel.selection import Selection
@@ -39,12 +40,18 @@ def write_report(selection: Selection, path: str | Path) -> Path:
 
     Args:
         selection: a result with its pool (rows are shown with their texts).
-        path: the HTML file; the JSON gets the same name with .json.
+        path: the HTML file, its folder made when missing; the JSON gets the same name with .json.
 
     Returns:
         The path of the page.
+
+    Raises:
+        UsageError: path ends in .json.
     """
     path = Path(path)
+    if path.suffix == ".json":
+        raise UsageError(f"{path} is where the JSON goes: name the page .html")
+    path.parent.mkdir(parents=True, exist_ok=True)
     content = report_content(selection)
     content["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     content["fastsel"] = __version__
@@ -75,6 +82,7 @@ def render(content: dict[str, Any]) -> str:
     template = environment.from_string(files.joinpath("page.html").read_text(encoding="utf-8"))
     return template.render(
         **content,
+        random_text=random_text(content["summary"]),
         about=_ABOUT.get(content["summary"]["method"]),
         chart=content["histogram"] and _chart(content["histogram"]),
         style=Markup(files.joinpath("page.css").read_text(encoding="utf-8")),

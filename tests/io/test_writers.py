@@ -1,5 +1,6 @@
 """The output folder: every file, equal bytes for equal runs, nothing half written, nothing overwritten unasked."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -101,6 +102,17 @@ def test_every_file_is_there_and_says_what_it_should(bundled, tmp_path):
 def test_without_a_report_there_is_none(bundled, tmp_path):
     folder = scored(bundled).save(tmp_path / "out", report=False)
     assert {path.name for path in folder.iterdir()} == ALWAYS - {"report.html", "report.json"}
+
+
+def test_a_run_that_only_scores_has_no_chosen_rows_and_can_be_chosen_from(bundled, tmp_path):
+    selection = scored(bundled)
+    nothing = dataclasses.replace(selection, indices=np.zeros(0, np.int64), requested=0, short={})
+    folder = save_selection(nothing, tmp_path / "scores", rows=False, report=False, config_yaml="method: toy\n")
+    chosen = {"selected.jsonl", "dataset_info.json", "README.md", "report.html", "report.json"}
+    assert {path.name for path in folder.iterdir()} == ALWAYS - chosen
+    assert (folder / "config.yaml").read_text() == "method: toy\n"
+    again = Selection.load(folder, bundled).choose_again("10%")
+    assert again.indices.tolist() == selection.indices.tolist()
 
 
 def test_twice_gives_the_same_bytes(tmp_path):
