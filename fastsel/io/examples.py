@@ -1,8 +1,8 @@
 """One row of a pool as every method sees it: a conversation whose last turn is the answer."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from typing import NamedTuple
 
 import xxhash
@@ -66,9 +66,6 @@ def well_formed(text: str) -> str:
     return text
 
 
-_encode_canonical = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
-
 def content_hash(messages: Sequence[Message]) -> bytes:
     r"""The 16 bytes (big-endian) that name a conversation; `selection.parquet` shows them in hexadecimal.
 
@@ -76,5 +73,6 @@ def content_hash(messages: Sequence[Message]) -> bytes:
     mapped to system, user, assistant and tool; no spaces; escaped are only `"`, `\`, and characters below U+0020 (short
     forms where JSON has them, else `\u00xx` in lower case), which is what JavaScript's JSON.stringify writes.
     """
-    canonical = _encode_canonical([{"role": role, "content": content} for role, content in messages])
-    return xxhash.xxh3_128_digest(canonical.encode())
+    # Put together here, since JSONEncoder.encode builds an encoder for every call (1.6 times the time).
+    turns = [f'{{"role":"{role}","content":{encode_basestring(content)}}}' for role, content in messages]
+    return xxhash.xxh3_128_digest(f"[{','.join(turns)}]".encode())
