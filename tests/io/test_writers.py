@@ -415,6 +415,10 @@ def test_overwriting_removes_the_old_runs_files_and_nothing_else(bundled, tmp_pa
     assert {path.name for path in folder.iterdir()} == {*ALWAYS, "thesis.tex"} - {"report.html", "report.json"}
     assert len(np.load(folder / "indices.npy")) == 5
     assert "kept 5 of" in (folder / "run.log").read_text()
+    (folder / "manifest.json").write_text("not JSON")
+    with pytest.raises(InputError, match="cannot be read"):
+        scored(bundled).save(folder)
+    assert len(Selection.load(scored(bundled, 6).save(folder, overwrite=True))) == 6
 
 
 def test_an_unfinished_run_is_finished_in_its_folder(bundled, tmp_path):

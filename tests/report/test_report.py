@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
+from fastsel.errors import UsageError
 from fastsel.io import bundled_pool_path, open_pool
 from fastsel.report import write_report
 from fastsel.report.content import BARS, CHARACTERS_SHOWN, SAMPLED, report_content
@@ -153,11 +154,11 @@ def test_a_far_outlier_does_not_flatten_the_histogram():
     assert sum(histogram["dropped"]) == 391
 
 
-def test_ten_thousand_long_rows_give_a_small_page(tmp_path):
+def test_many_long_rows_give_a_small_page(tmp_path):
     long = "\u4e2d<&" * 10_000
     rows = [
         {"instruction": long + str(i), "output": long + str(i), "source": f"source {i} " + "x" * 40}
-        for i in range(3000)
+        for i in range(1000)
     ]
     page = write_report(scored(open_pool(rows), per="source=equal", budget="50%"), tmp_path / "report.html")
     assert page.stat().st_size < 4_000_000
@@ -167,7 +168,7 @@ def test_ten_thousand_long_rows_give_a_small_page(tmp_path):
     assert sum(len(turn["text"]) for turn in row["turns"]) == CHARACTERS_SHOWN
     assert [len(turn["text"]) for turn in row["turns"]] == [CHARACTERS_SHOWN // 2] * 2
     assert row["left_out"] > 50_000
-    assert content["shares"]["source"][-1]["name"] == "2,984 other sources"
+    assert content["shares"]["source"][-1]["name"] == "984 other sources"
 
 
 def test_a_long_prompt_does_not_hide_the_answer():
@@ -196,6 +197,13 @@ def test_odd_runs_have_a_page_too(tmp_path, case):
     html = write_report(selection, tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"<strong>{len(selection)}</strong> of 3 rows kept" in html
     assert ("Short of the budget" in html) == (selection.short_by > 0)
+
+
+def test_a_page_gets_its_folder_and_is_not_named_json(tmp_path):
+    selection = scored(open_pool([{"instruction": "q", "output": "a"}] * 3), 1)
+    assert selection.report(tmp_path / "new" / "page.html").exists() and (tmp_path / "new" / "page.json").exists()
+    with pytest.raises(UsageError, match="name the page .html"):
+        selection.report(tmp_path / "page.json")
 
 
 def test_rows_that_are_not_usable_are_shown_with_their_reason(attacked_page):
