@@ -14,7 +14,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fastsel.kernels._runtime.triton_launch import Work
-from fastsel.kernels._runtime.triton_proof import MATRIX_SASS, SASS_LINE, MachineCode, programs_per_multiprocessor
+from fastsel.kernels._runtime.triton_proof import (
+    MATRIX_OPCODES,
+    MachineCode,
+    instructions_and_loops,
+    matrix_loops,
+    programs_per_multiprocessor,
+)
 
 
 class Chip(NamedTuple):
@@ -45,13 +51,6 @@ OTHER_PIPE = re.compile(
 )
 
 
-class Loop(NamedTuple):
-    """Instructions start:stop of the listing form a loop."""
-
-    start: int
-    stop: int
-
-
 class Prediction(NamedTuple):
     """Seconds predicted for one launch, the floor of its task, and what the busiest unit of each part is."""
 
@@ -67,37 +66,6 @@ class Prediction(NamedTuple):
         return self.seconds / self.floor_seconds
 
 
-def instructions_and_loops(listing: str) -> tuple[list[str], list[Loop]]:
-    """Opcodes in order up to the last exit, and the loops that jumps back close, in order of their ends.
-
-    Behind the exit lie the retries of waits, which jump back into the middle of the program and close no loop.
-    """
-    labels: dict[str, int] = {}
-    opcodes: list[str] = []
-    loops: list[Loop] = []
-    for line in listing.splitlines():
-        if line.startswith(".L_"):
-            labels[line.split(":")[0]] = len(opcodes)
-        elif found := SASS_LINE.match(line):
-            target = re.search(r"`\((\.L_\w+)\)", found[2])
-            opcodes.append(found[1])
-            if found[1].startswith("BRA") and target and target[1] in labels:
-                loops.append(Loop(labels[target[1]], len(opcodes)))
-    end = max(i for i, opcode in enumerate(opcodes) if opcode == "EXIT")
-    return opcodes[: end + 1], [loop for loop in loops if loop.stop <= end]
-
-
-def matrix_loops(opcodes: list[str], loops: list[Loop]) -> tuple[list[Loop], Loop]:
-    """The innermost loops that hold matrix instructions, in the order of the listing, and the longest around them."""
-    holding = [loop for loop in loops if any(MATRIX_SASS.match(op) for op in opcodes[loop.start : loop.stop])]
-    innermost = [
-        loop
-        for loop in holding
-        if not any(o != loop and o.start >= loop.start and o.stop <= loop.stop for o in holding)
-    ]
-    return sorted(innermost), max(holding, key=lambda loop: loop.stop - loop.start)
-
-
 def busy_cycles(opcodes: list[str], chip: Chip, num_warps: int) -> dict[str, float]:
     """Cycles that each unit of a multiprocessor needs when every warp of a program runs these instructions once."""
     cycles = dict.fromkeys(("issue", "fma", "alu", "special", "shared"), 0.0)
@@ -109,7 +77,7 @@ def busy_cycles(opcodes: list[str], chip: Chip, num_warps: int) -> dict[str, flo
             cycles["special"] += num_warps * 32 / chip.special_lanes
         elif SHARED_PIPE.match(opcode):
             cycles["shared"] += num_warps * _shared_bytes(opcode) / chip.shared_bytes
-        elif not MATRIX_SASS.match(opcode) and not OTHER_PIPE.match(opcode):
+        elif not MATRIX_OPCODES.match(opcode) and not OTHER_PIPE.match(opcode):
             cycles["alu"] += num_warps * 32 / chip.alu_lanes
     return cycles
 
@@ -128,6 +96,8 @@ def predict(code: MachineCode, work: Work, chip: Chip) -> Prediction:
     """
     opcodes, loops = instructions_and_loops(code.listing)
     inner, outer = matrix_loops(opcodes, loops)
+    if outer is None:
+        raise ValueError("no loop holds matrix instructions")
     if len(inner) != len(work.programs[0].inner_passes):
         raise ValueError(f"{len(inner)} loops hold matrix instructions, expected {len(work.programs[0].inner_passes)}")
     between = [
@@ -137,7 +107,7 @@ def predict(code: MachineCode, work: Work, chip: Chip) -> Prediction:
     for cycles in inner_cycles:
         cycles["matrix"] = work.flops / chip.matrix_flops[work.matrix_units]
         cycles["cache"] = work.cache_bytes / chip.cache_bytes
-    outer_cycles = busy_cycles([op for op in between if not MATRIX_SASS.match(op)], chip, code.num_warps)
+    outer_cycles = busy_cycles([op for op in between if not MATRIX_OPCODES.match(op)], chip, code.num_warps)
     resident = programs_per_multiprocessor(code, chip.architecture)
     costs = []
     for group in work.programs:

@@ -36,10 +36,20 @@ TYPE_NAMES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
     torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
-# A line of SASS:  /*0280*/   @!P0 LDGSTS.E.BYPASS.128 [R5], desc[UR14][R6.64] ;
-SASS_LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Za-z0-9_.]*)(.*)")
+# NVIDIA's:  /*0280*/   @!P0 LDGSTS.E.BYPASS.128 [R5], desc[UR14][R6.64] ;    AMD's, after a tab:  s_cbranch_scc1 .L4
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Za-z0-9_.]*)(.*)|^\t([a-z]\w*)(.*)")
+LABEL = re.compile(r"^(\.L\w+):")
+JUMP = re.compile(r"(BRA|s_cbranch_\w+|s_branch)(\.|$)")
+EXITS = ("EXIT", "s_endpgm")
 # HFMA2.MMA is a register move; UTCBAR and UTCATOMSWS are bookkeeping: none of them is a matrix instruction.
-MATRIX_SASS = re.compile(r"([HIQDB]G?MMA|UTC[A-Z]*MMA)(\.|$)")
+MATRIX_OPCODES = re.compile(r"([HIQDB]G?MMA|UTC[A-Z]*MMA)(\.|$)|v_mfma_")
+
+
+class Loop(NamedTuple):
+    """Instructions start:stop of the listing form a loop."""
+
+    start: int
+    stop: int
 
 
 class MachineCode(NamedTuple):
@@ -58,6 +68,38 @@ class MachineCode(NamedTuple):
     atomics: int
     precisions: frozenset[str]  # input_precision of each tt.dot, as the compiler's own text names it
     listing: str  # disassembly
+
+
+def instructions_and_loops(listing: str) -> tuple[list[str], list[Loop]]:
+    """Opcodes in order up to the last exit, and the loops that jumps back close, in order of their ends.
+
+    Behind the exit lie the retries of waits, which jump back into the middle of the program and close no loop.
+    """
+    labels: dict[str, int] = {}
+    opcodes: list[str] = []
+    loops: list[Loop] = []
+    for line in listing.splitlines():
+        if label := LABEL.match(line):
+            labels[label[1]] = len(opcodes)
+        elif found := INSTRUCTION.match(line):
+            opcode, operands = (found[1], found[2]) if found[1] else (found[3], found[4])
+            target = re.search(r"\.L\w+", operands)
+            opcodes.append(opcode)
+            if JUMP.match(opcode) and target and target[0] in labels:
+                loops.append(Loop(labels[target[0]], len(opcodes)))
+    end = max(i for i, opcode in enumerate(opcodes) if opcode in EXITS)
+    return opcodes[: end + 1], [loop for loop in loops if loop.stop <= end]
+
+
+def matrix_loops(opcodes: list[str], loops: list[Loop]) -> tuple[list[Loop], Loop | None]:
+    """The innermost loops that hold matrix instructions, in the order of the listing, and the longest around them."""
+    holding = [loop for loop in loops if any(map(MATRIX_OPCODES.match, opcodes[loop.start : loop.stop]))]
+    innermost = [
+        loop
+        for loop in holding
+        if not any(o != loop and o.start >= loop.start and o.stop <= loop.stop for o in holding)
+    ]
+    return sorted(innermost), max(holding, key=lambda loop: loop.stop - loop.start, default=None)
 
 
 def signature(launch: Launch, target: GPUTarget) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
@@ -121,43 +163,50 @@ def machine_code(compiled: Any, architecture: str) -> MachineCode:
 def _read_nvidia(cubin: bytes, common: dict[str, Any]) -> MachineCode:
     usage = _disassemble(triton.knobs.nvidia.cuobjdump, "-res-usage", cubin)
     registers, stack, local = (int(_first(rf"\b{key}:(\d+)", usage)) for key in ("REG", "STACK", "LOCAL"))
-    listing = _disassemble(triton.knobs.nvidia.nvdisasm, "-c", cubin)
-    opcodes = Counter(line[1] for line in map(SASS_LINE.match, listing.splitlines()) if line)
-
-    def count(pattern: str) -> int:
-        return sum(n for opcode, n in opcodes.items() if re.match(pattern, opcode))
-
-    return MachineCode(
-        registers=registers,
-        stack_bytes=stack + local,
-        local_accesses=count(r"(LDL|STL)(\.|$)"),
-        opcodes=opcodes,
-        matrix=Counter({opcode: n for opcode, n in opcodes.items() if MATRIX_SASS.match(opcode)}),
-        wide_loads=count(r"(LDGSTS|LDG)\..*128|UTMALDG|UBLKCP"),
-        narrow_loads=count(r"LDGSTS") - count(r"LDGSTS\..*128") + count(r"LDG\..*[US](8|16)(\.|$)"),
-        atomics=count(r"(ATOM|ATOMG|RED|REDG)(\.|$)"),
-        listing=listing,
-        **common,
+    return _count(
+        _disassemble(triton.knobs.nvidia.nvdisasm, "-c", cubin),
+        common | {"registers": registers, "stack_bytes": stack + local},
+        local=r"(LDL|STL)(\.|$)",
+        wide=r"(LDGSTS|LDG)\..*128|UTMALDG|UBLKCP",
+        narrow_copy=r"LDGSTS(?!\..*128)",
+        narrow_load=r"LDG\..*[US](8|16)(\.|$)",
+        atomic=r"(ATOM|ATOMG|RED|REDG)(\.|$)",
     )
 
 
 def _read_amd(assembly: str, common: dict[str, Any]) -> MachineCode:
-    opcodes = Counter(re.findall(r"^\t([vsd][a-z0-9_]+|global_\w+|buffer_\w+|scratch_\w+|flat_\w+)", assembly, re.M))
+    registers = int(_first(r"\.vgpr_count:\s+(\d+)", assembly))
+    stack_bytes = int(_first(r"\.private_segment_fixed_size:\s+(\d+)", assembly))
+    return _count(
+        assembly,
+        common | {"registers": registers, "stack_bytes": stack_bytes},
+        local=r"scratch_(load|store)",
+        wide=r"(global|buffer)_load_(lds_)?dwordx4",
+        narrow_copy=r"(global|buffer)_load_lds_(dword$|ushort|ubyte)",
+        narrow_load=r"(global|buffer)_load_(ushort|short|ubyte|sbyte)",
+        atomic=r"(global|buffer|flat)_atomic",
+    )
 
-    def count(pattern: str) -> int:
-        return sum(n for opcode, n in opcodes.items() if re.match(pattern, opcode))
+
+def _count(
+    listing: str, known: dict[str, Any], *, local: str, wide: str, narrow_copy: str, narrow_load: str, atomic: str
+) -> MachineCode:
+    opcodes, loops = instructions_and_loops(listing)
+    inner, _ = matrix_loops(opcodes, loops)
+    in_loops = [opcode for loop in inner for opcode in opcodes[loop.start : loop.stop]]
+
+    def count(pattern: str, among: list[str] = opcodes) -> int:
+        return sum(re.match(pattern, opcode) is not None for opcode in among)
 
     return MachineCode(
-        registers=int(_first(r"\.vgpr_count:\s+(\d+)", assembly)),
-        stack_bytes=int(_first(r"\.private_segment_fixed_size:\s+(\d+)", assembly)),
-        local_accesses=count(r"scratch_(load|store)"),
-        opcodes=opcodes,
-        matrix=Counter({opcode: n for opcode, n in opcodes.items() if opcode.startswith("v_mfma_")}),
-        wide_loads=count(r"(global|buffer)_load_dwordx4"),
-        narrow_loads=count(r"(global|buffer)_load_(ushort|short|ubyte|sbyte)"),
-        atomics=count(r"(global|buffer|flat)_atomic"),
-        listing=assembly,
-        **common,
+        local_accesses=count(local),
+        opcodes=Counter(opcodes),
+        matrix=Counter(opcode for opcode in opcodes if MATRIX_OPCODES.match(opcode)),
+        wide_loads=count(wide),
+        narrow_loads=count(narrow_copy) + count(narrow_load, in_loops),
+        atomics=count(atomic),
+        listing=listing,
+        **known,
     )
 
 

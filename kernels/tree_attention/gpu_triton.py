@@ -21,6 +21,8 @@ Ladder, predicted for one H100 from the compiled kernel, bfloat16 (no GPU has ru
     2026-11-22  128 rows x 64 keys, 4 warps, two programs                     23.9 us    36.6 us   issue-bound
 """
 
+from weakref import WeakKeyDictionary
+
 import torch
 import triton
 import triton.language as tl
@@ -54,6 +56,10 @@ LAUNCH_TABLE = {
     ("gfx942", 4, 128): (64, 32, 8, 2, "ieee"),
 }
 WIDEST_HEAD = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  # wider ones spill registers
+# Every layer of a model attends over the same segments: their lists are made, and sent to the device, once.
+_KEPT: WeakKeyDictionary[Segments, dict[tuple[int, int, torch.device], tuple[torch.Tensor, torch.Tensor, int]]] = (
+    WeakKeyDictionary()
+)
 
 
 @triton.jit
@@ -196,6 +202,20 @@ def _query_blocks(segments: Segments, block_q: int, group: int) -> tuple[list[li
     return [blocks[b] for b in longest_first], ranges
 
 
+def _block_tensors(
+    segments: Segments, block_q: int, group: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The two lists of _query_blocks on the device, and the length of the longest sequence."""
+    kept = _KEPT.setdefault(segments, {})
+    key = (block_q, group, device)
+    if key not in kept:
+        blocks, ranges = _query_blocks(segments, block_q, group)
+        longest = max((end - begin + position for begin, end, position in ranges), default=0)
+        tensors = (torch.tensor(rows, dtype=torch.int32, device=device) for rows in (blocks, ranges))
+        kept[key] = (*tensors, longest)
+    return kept[key]
+
+
 def unsupported(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -233,19 +253,16 @@ def plan(
     size = next(size for size in (64, 128, 256) if size >= max(head, head_v))
     block_q, block_k, num_warps, num_stages, precision = LAUNCH_TABLE[architecture, query.element_size(), size]
     group = n_heads // n_key_heads
-    blocks, ranges = _query_blocks(segments, block_q, group)
-    if window is not None and window >= max((end - begin + at for begin, end, at in ranges), default=0):
-        window = None  # no sequence is as long as the window: the code without it is faster
+    blocks, ranges, longest = _block_tensors(segments, block_q, group, query.device)
+    if window is not None and window >= longest:
+        window = None  # the code without a window is faster
     out = query.new_empty(n_tokens, n_heads, head_v)
-    blocks_tensor, ranges_tensor = (torch.tensor(rows, dtype=torch.int32) for rows in (blocks, ranges))
-    if query.device.type != "meta":
-        blocks_tensor, ranges_tensor = blocks_tensor.to(query.device), ranges_tensor.to(query.device)
     return out, [
         Launch(
             tree_attention_kernel,
             (len(blocks), n_key_heads),
             {"query_ptr": query, "key_ptr": key, "value_ptr": value, "out_ptr": out}
-            | {"blocks_ptr": blocks_tensor, "ranges_ptr": ranges_tensor}
+            | {"blocks_ptr": blocks, "ranges_ptr": ranges}
             | {"stride_query_t": query.stride(0), "stride_query_h": query.stride(1)}
             | {"stride_key_t": key.stride(0), "stride_key_h": key.stride(1)}
             | {"stride_value_t": value.stride(0), "stride_value_h": value.stride(1)}

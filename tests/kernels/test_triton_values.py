@@ -34,13 +34,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize(
     "expression", [pytest.param("not slow", id="fast"), pytest.param("slow", marks=pytest.mark.slow, id="slow")]
 )
-def test_values_under_the_interpreter(expression):
+def test_values_under_the_interpreter(expression, tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "python_functions=check_*"]
     # NumPy stands in for the device and warns where the device would silently make an infinity or NaN.
     command += ["-W", "ignore::RuntimeWarning", "-m", expression, __file__]
-    child = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900
-    )
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    child = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=3000)
     assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
     assert " passed" in child.stdout
 
