@@ -133,6 +133,7 @@ def test_a_share_is_rounded_down_exactly_and_is_one_row_at_least():
 
 
 @given(st.integers(1, 9999), st.integers(1, 10**7))
+@settings(deadline=None)
 def test_law_a_share_never_exceeds_its_part_unless_it_is_one_row(ten_thousandths, n):
     rows = Budget.parse(f"{ten_thousandths / 10_000:.4f}").limit(n)
     assert rows == max(1, ten_thousandths * n // 10_000)
@@ -174,6 +175,7 @@ def test_largest_remainder_by_hand():
 
 
 @given(st.integers(0, 10_000), st.lists(st.integers(0, 10_000), min_size=1, max_size=30))
+@settings(deadline=None)
 def test_law_quotas_sum_up_and_are_within_one_of_exact(total, weights):
     parts = largest_remainder(total, weights)
     if sum(weights) == 0:
