@@ -13,7 +13,7 @@ import numpy as np
 from fastsel.budget import Budget
 from fastsel.config import Config
 from fastsel.errors import InputError
-from fastsel.pipeline import compute, open_configured_pool
+from fastsel.pipeline import announce_model, compute, open_configured_pool
 from fastsel.progress import format_seconds
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def estimate(config: Config, *, progress: str = "auto") -> Estimate:
 
     Args:
         config: the configuration of the run.
-        progress: see fastsel.progress; for reading the pool, the trial itself shows none.
+        progress: see fastsel.progress.
 
     Raises:
         InputError: no row of the pool is usable.
@@ -93,6 +93,8 @@ def estimate(config: Config, *, progress: str = "auto") -> Estimate:
     if not len(usable):
         raise InputError(f"{pool.name}: no row is usable, so there is nothing to try; the reasons are above")
     trial_rows = usable[np.unique(np.linspace(0, len(usable) - 1, min(TRIAL_ROWS, len(usable))).astype(np.int64))]
+    announce_model(config)
+    logger.info("trying %d rows", len(trial_rows))
     started = time.perf_counter()
     loaded = _load(config)
     load_seconds = time.perf_counter() - started
@@ -102,10 +104,10 @@ def estimate(config: Config, *, progress: str = "auto") -> Estimate:
             few = open_pool(
                 pool.write_rows(trial_rows[:_WARM_UP_ROWS], Path(folder) / "few"), **options, progress="none"
             )
-            _try(config, few, loaded, None)
+            _try(config, few, loaded, None, "none")
         trial = open_pool(pool.write_rows(trial_rows, Path(folder) / "trial"), **options, progress="none")
         started = time.perf_counter()
-        selection = _try(config, trial, loaded, Path(folder) / "features")
+        selection = _try(config, trial, loaded, Path(folder) / "features", progress)
         trial_seconds = time.perf_counter() - started
         feature_bytes = _bytes_under(Path(folder) / "features")
         trial_bytes = sum(path.stat().st_size for path in Path(folder).glob("trial*") if path.is_file())
@@ -141,10 +143,10 @@ def _load(config: Config) -> Any:
     return load_model(values["model"], device=values["device"], dtype=values["dtype"])
 
 
-def _try(config: Config, trial: "Pool", loaded: Any, store: Path | None) -> "Selection":
+def _try(config: Config, trial: "Pool", loaded: Any, store: Path | None, progress: str) -> "Selection":
     values = dict(config.values) if loaded is None else {**config.values, "model": loaded}
     whole = Config(config.command, config.method, {**values, "budget": "1.0", "per": None}, config.given)
-    return compute(whole, trial, store=store, progress="none")
+    return compute(whole, trial, store=store, progress=progress)
 
 
 def _share_kept(config: Config, pool: "Pool") -> float:

@@ -165,6 +165,13 @@ def open_configured_pool(config: Config, progress: str) -> "Pool":
     return pool
 
 
+def announce_model(config: Config) -> None:
+    """Say which model will run, and that nobody named it; loading it takes a while."""
+    if config.values.get("model") is not None:
+        named = "" if "model" in config.given else " (none was named; --model names another)"
+        logger.info("model: %s%s", config.values["model"], named)
+
+
 def compute(config: Config, pool: "Pool", *, store: Path | None, progress: str) -> "Selection":
     """Call the method: one call of the Python API.
 
@@ -188,8 +195,6 @@ def compute(config: Config, pool: "Pool", *, store: Path | None, progress: str) 
         options["drop_above"] = 1.0 if method.ratio_above_one_is_dropped else None
         return dataclasses.replace(scores(pool, **options), method=method.name)
     if "model" in method.defaults:
-        given = "" if "model" in config.given else " (nothing else was named; --model MODEL)"
-        logger.info("model: %s%s", config.values["model"], given)
         options |= {"store": store, "progress": progress}
     function = method.load()
     selection: Selection = function(pool, **options)
@@ -243,6 +248,7 @@ def _choose_again(from_run: str, config: Config, pool: "Pool") -> "Selection":
 
 
 def _compute(config: Config, pool: "Pool", folder: RunFolder, progress: str) -> "Selection":
+    announce_model(config)
     selection = compute(config, pool, store=folder.features, progress=progress)
     if config.command == "select":
         return selection

@@ -102,9 +102,9 @@ class RunFolder:
         return loaded if isinstance(loaded, dict) else {}
 
     def _judge_without_request(self) -> None:
-        """A folder in which the command line began nothing: empty, written from Python, or not ours."""
+        """A folder without a request: empty, of a failed start, written from Python, or not ours."""
         entries = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
-        if not entries or (self._start_anew and "manifest.json" in entries):
+        if set(entries) <= {"state", "run.log"} or (self._start_anew and "manifest.json" in entries):
             return
         if "manifest.json" in entries:
             raise InputError(
@@ -149,6 +149,10 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and self.state == "new" and not any(self.features.glob("*.npy")):
+            # Nothing was computed, so a corrected command must not be refused as another request.
+            shutil.rmtree(self.features, ignore_errors=True)
+            (self.path / "state" / "request.json").unlink(missing_ok=True)
         if self._lock is not None:
             self._lock.close()
 

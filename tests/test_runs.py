@@ -32,6 +32,29 @@ def test_a_new_folder_is_made_and_goes_on_until_it_is_finished(tmp_path):
     assert RunFolder(out, REQUEST).state == "finished"
 
 
+def fail(path, request=REQUEST, shards=0):
+    with pytest.raises(ZeroDivisionError), RunFolder(path, request) as folder:
+        (path / "run.log").write_text("it failed\n")
+        folder.features.mkdir(exist_ok=True)
+        (folder.features / "index.json").write_text("{}")
+        for i in range(shards):
+            (folder.features / f"{i}.npy").write_bytes(b"")
+        raise ZeroDivisionError
+
+
+def test_a_start_that_computed_nothing_does_not_bind_the_folder(tmp_path):
+    fail(tmp_path)
+    assert begin(tmp_path, {**REQUEST, "budget": "5%"}) == "new"
+    assert (tmp_path / "run.log").exists()
+
+
+def test_a_failure_after_a_shard_keeps_it_and_goes_on(tmp_path):
+    fail(tmp_path, shards=1)
+    assert begin(tmp_path) == "unfinished"
+    fail(tmp_path)
+    assert RunFolder(tmp_path, REQUEST).state == "unfinished", "what an earlier process kept is not dropped"
+
+
 def test_a_finished_run_that_lost_a_file_is_unfinished(tmp_path):
     finish(tmp_path)
     (tmp_path / "selected.jsonl").unlink()
