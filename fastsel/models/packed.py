@@ -242,7 +242,9 @@ class PackedForward:
         self.implementation = implementation
         self.body = loaded.model.base_model
         if self.body is loaded.model:
-            raise InputError(f"{loaded.name} ({type(loaded.model).__name__}) does not keep its layers apart from its head")
+            raise InputError(
+                f"{loaded.name} ({type(loaded.model).__name__}) does not keep its layers apart from its head"
+            )
         self.config = loaded.model.config.get_text_config()
         self.head = _head_parameters(loaded.model, self.config)
         self.one_by_one = False

@@ -20,10 +20,10 @@ def tree_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     segments: Segments,
-    *,
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    *,
     implementation: str = "auto",
 ) -> torch.Tensor:
     """Softmax attention in which each packed row sees its ancestors and, causally, its own segment.
@@ -35,7 +35,7 @@ def tree_attention(
     Query head g uses key head g // (h / hk): grouped queries as Hugging Face orders them.
 
     Args:
-        query: [t, h, d] float32 | float64 | bfloat16 | float16; the last dimension contiguous; finite.
+        query: [t, h, d] float32 | float64 | bfloat16 | float16; any stride; finite.
         key: [t, hk, d], same dtype and device; hk divides h.
         value: [t, hk, dv], same dtype and device.
         segments: the forest over the t rows.
@@ -47,7 +47,8 @@ def tree_attention(
 
     Returns:
         [t, h, dv] in the dtype of query; accumulated in float32 at least. The same inputs give the same bits; another
-        packing of the same sequences may differ in the last bits, as sums are ordered by the packed layout.
+        packing of the same sequences may differ in the last bits, as sums are ordered by the packed layout. NaN in a
+        segment reaches that segment and its descendants only.
 
     Raises:
         ValueError: shapes, dtypes, devices or ranges do not match the above.

@@ -71,7 +71,9 @@ def test_takes_a_loaded_pair():
 def test_fingerprint_is_the_same_in_another_process_and_after_calls(folder):
     loaded = load_model(folder, device="cpu")
     loaded.tokenizer("a b a", max_length=2, truncation=True)  # leaves its setting in the tokenizer
-    code = f"from fastsel.models.loading import load_model; print(load_model({str(folder)!r}, device='cpu').fingerprint)"
+    code = (
+        f"from fastsel.models.loading import load_model; print(load_model({str(folder)!r}, device='cpu').fingerprint)"
+    )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == loaded.fingerprint
 
