@@ -37,9 +37,7 @@ _LIST = [
     Case("window_one", *_FAMILY, 2, 2, 16, 16, "each token sees itself only", window=1),
     Case("softcap", *_FAMILY, 4, 1, 24, 24, "softcap and scale, as in Gemma 2", softcap=3.0, scale=0.4),
     Case("all_options", (130, 120, 7), (-1, 0, 1), 6, 2, 80, 40, "all of them", window=150, softcap=5.0, scale=0.3),
-    Case(
-        "smollm2_batch", *_TEMPLATE, 9, 3, 64, 64, "a template and five rows: one batch under SmolLM2-135M", slow=True
-    ),
+    Case("smollm2_batch", *_TEMPLATE, 9, 3, 64, 64, "a template and five rows under SmolLM2-135M", slow=True),
     Case("short_rows", (60,) * 16, (-1,) * 16, 9, 3, 64, 64, "many short segments", slow=True),
     Case("long_row", (2048,), (-1,), 9, 3, 64, 64, "one long segment", slow=True),
     Case("llama_8b_batch", *_TEMPLATE, 32, 8, 128, 128, "the heads of Llama 3.1 8B", slow=True),
