@@ -1,6 +1,8 @@
 """What each pass feeds to a model, and which of its tokens are scored."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -196,3 +198,29 @@ def test_released_superfiltering_scores_a_shifted_answer_without_a_start_token()
 
 def test_the_alpaca_templates_end_in_their_header():
     assert ALPACA.prompt.endswith(ALPACA.header) and ALPACA.prompt_with_input.endswith(ALPACA.header)
+
+
+TEXT = st.text(st.sampled_from("ab <s>\n:é🙂"), min_size=1, max_size=12).filter(str.strip)
+MERGED = byte_tokenizer(merges=[("Ċ", "Ċ"), ("a", "b"), ("Ġ", "a")], start=True, bos_token="<s>")
+
+
+@given(TEXT, TEXT, st.integers(2, 40), st.sampled_from([HEADED, NONE, ALPACA]))
+@settings(deadline=None)
+def test_law_both_passes_score_the_answer_and_nothing_else(instruction, answer, max_length, template):
+    (row,) = tokenise([{"instruction": instruction, "output": answer}], MERGED, template, max_length=max_length)
+    if not row.sequences:
+        assert row.why
+        return
+    conditioned, direct = row.sequences
+    scored = conditioned.ids[conditioned.first :]
+    assert scored == direct.ids[direct.first :] and len(scored) > 0
+    assert max(len(conditioned.ids), len(direct.ids)) <= max_length
+    mark = MERGED.convert_tokens_to_ids("<s>")
+    assert conditioned.ids.count(mark) == direct.ids.count(mark) == 1
+    pieces = pre_tokenizers.ByteLevel.alphabet()
+    text = "".join(MERGED.convert_ids_to_tokens(scored))
+    expected = "".join(MERGED.convert_ids_to_tokens(MERGED(answer, split_special_tokens=True)["input_ids"][1:]))
+    assert set(text) <= set(pieces) and expected.startswith(text)
+    if row.why == 0:
+        assert text == expected
+        assert row.n_tokens == len(conditioned.ids)

@@ -217,6 +217,17 @@ def test_a_loss_that_is_not_a_number_is_no_score(loaded, monkeypatch):
     assert np.isnan(losses.mean(DIRECT)[0])
 
 
+def test_a_forward_that_fails_is_an_error_and_no_score(pool, loaded, monkeypatch):
+    """Other tools turn it into a ratio of 0, which their filters keep."""
+
+    def out_of_memory(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(token_stats, "_sums", out_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        score(pool, loaded)
+
+
 def test_windows(loaded):
     assert window_of(loaded, None, papers=512) == 512
     assert window_of(loaded, None, papers=1024) == 600
