@@ -71,11 +71,13 @@ class ChatTemplate(MarkedTemplate):
         messages = self._guarded(example.messages)
         tools = _tool_list(example.tools)
         answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-        if answers and answers[0] == 0:  # nothing comes before it: plain text, which no chat template renders
-            return [Turn("", "", messages[0].content)]
-        spans = self._generation_spans(messages, tools, len(answers)) if self._says_where else None
+        is_text = answers == [0] and len(messages) == 1  # no chat template renders an answer to nothing
+        spans = self._generation_spans(messages, tools, len(answers)) if self._says_where and not is_text else None
         turns = []
         for number, i in enumerate(answers):
+            if i == 0:
+                turns.append(Turn("", "", messages[0].content))
+                continue
             opened = self._render(messages[:i], tools, True)
             if spans is not None:
                 rendered, places = spans

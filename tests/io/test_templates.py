@@ -99,6 +99,15 @@ def test_a_text_has_no_prompt():
         assert template.turns(text)[0][:2] == ("", "")
 
 
+@pytest.mark.parametrize("chat_template", [PLAIN_CHAT, MARKED_CHAT])
+def test_a_conversation_that_begins_with_an_answer(chat_template):
+    greeting = chat(("assistant", "Hello."), ("user", "q"), ("assistant", "a"))
+    tokenizer = tokenizer_with(chat_template, bos_token="<s>")
+    for template in (load_template("none"), load_template("tulu", tokenizer), load_template("tokenizer", tokenizer)):
+        first, second = template.turns(greeting)
+        assert first[:2] == ("", "") and "Hello." in second.prompt and second.answer.startswith("a")
+
+
 def test_tulu():
     template = load_template("tulu", tokenizer_with(eos_token="</s>", marks=()))
     assert template.turns(TWO_TURNS) == [
