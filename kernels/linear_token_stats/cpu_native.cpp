@@ -137,8 +137,9 @@ static void run_task(
             multiply_group(packed_words, packed_hidden + r * p.d, p.d, count, logits);
             if (p.bias || p.scale != 1.0f || p.softcap > 0) adjust_group(p, word, count, logits);
             for (int64_t i = r; i < smaller(r + TILE_COLUMNS, rows); ++i) {
-                const int64_t w = p.targets[first_row + i] - word;
-                if (w >= 0 && w < count) target_logits[i] = logits[w * TILE_COLUMNS + i - r];
+                const int64_t target = p.targets[first_row + i];
+                if (target >= word && target < word + count)
+                    target_logits[i] = logits[(target - word) * TILE_COLUMNS + i - r];
             }
             for (int c = 0; c < TILE_COLUMNS; c += LANES)
                 reduce_group<ENTROPY, TOP>(logits + c, word, count, state, r + c);
