@@ -66,7 +66,7 @@ def bench_rows(count):
     path = os.environ.get("FASTSEL_BENCH_POOL")
     source = Path(path) if path else files("fastsel").joinpath("data/pool_small.jsonl")
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    chosen = fastsel.random(rows, budget=min(count, len(rows)), per="source", seed=0, progress="none").indices
+    chosen = fastsel.random(rows, budget=min(count, len(rows)), per="source", seed=0).indices
     fields = ("instruction", "input", "output")
     return [{field: rows[i][field] for field in fields} for i in sorted(chosen)], f"{count} rows of {source.name}"
 

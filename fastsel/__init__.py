@@ -2,7 +2,7 @@
 
     selection = fastsel.ifd("pool.jsonl", budget="10%")
 
-Nothing is computed here: names resolve when they are first used (PEP 562), so that importing needs neither torch nor time.
+Nothing is computed here: names resolve when they are first used (PEP 562), so importing needs neither torch nor time.
 """
 
 from importlib import import_module

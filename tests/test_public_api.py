@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fastsel
 import pytest
+
+import fastsel
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(path.stem for path in (ROOT / "fastsel" / "methods").glob("*.py") if path.stem != "__init__")
