@@ -58,11 +58,16 @@ class Findings:
         if self.kernels:
             lines += ["", 'kernels (what implementation="auto" takes here)']
         for finding in self.kernels:
-            lines.append(f"  {finding.kernel}: {finding.chosen or 'nothing can run'}")
+            also = f" (by name also {', '.join(finding.also)})" if finding.also else ""
+            lines.append(f"  {finding.kernel}: {finding.chosen or 'nothing can run'}{also}")
             lines += [f"    not {name}: {reason}" for name, reason in finding.refusals.items()]
         if self.checks:
             rates = ", ".join(f"{name} {value:,.1f}" for name, value in self.rates.items())
-            lines += ["", f"check against the float64 reference (measured first: {rates})", self._check_table()]
+            lines += [
+                "",
+                f"check against the float64 reference (the machine, measured alongside: {rates})",
+                self._check_table(),
+            ]
             failed = sum(check.problem is not None for check in self.checks)
             lines += [
                 f"  {check.kernel} {check.implementation} {check.case}: {check.problem}"

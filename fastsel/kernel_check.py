@@ -8,7 +8,7 @@ import logging
 import pkgutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -35,9 +35,9 @@ class CheckFinding:
 
     Attributes:
         kernel, implementation, case, dtype: what ran.
-        error: largest difference from the float64 reference.
+        error: largest difference from the float64 reference; NaN where the kernel failed.
         problem: None when it is within the tolerance; else what is wrong.
-        milliseconds: median of five runs.
+        milliseconds: median of five runs; 0 where the kernel failed.
         gflops: floating-point operations a second, in thousand millions; None where the case is too small to tell.
         roofline_share: time that the arithmetic and the memory need at least, over the time taken; None likewise.
     """
@@ -49,8 +49,8 @@ class CheckFinding:
     error: float
     problem: str | None
     milliseconds: float
-    gflops: float | None
-    roofline_share: float | None
+    gflops: float | None = None
+    roofline_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,13 @@ class KernelFinding:
     Attributes:
         kernel: its name.
         chosen: what "auto" takes, or None.
+        also: what could run too, by name.
         refusals: implementation -> why it cannot run.
     """
 
     kernel: str
     chosen: str | None
+    also: list[str]
     refusals: dict[str, str]
 
 
@@ -78,14 +80,15 @@ def who_runs(kernel: str, device: torch.device) -> KernelFinding:
     """Ask each implementation whether it takes a small float32 input; nothing is computed."""
     cases = _part(kernel, "cases")
     inputs = cases.make_inputs(cases.CASES["tiny"], torch.float32, device)
-    chosen, refusals = None, {}
+    accepting, refusals = [], {}
     for name, module in _part(kernel, "api").IMPLEMENTATIONS.items():
         reason, _ = refusal(name, module, inputs)
         if reason is not None:
             refusals[name] = reason
-        elif chosen is None and name not in BY_NAME_ONLY:
-            chosen = name
-    return KernelFinding(kernel, chosen, refusals)
+        else:
+            accepting.append(name)
+    chosen = next((name for name in accepting if name not in BY_NAME_ONLY), None)
+    return KernelFinding(kernel, chosen, [name for name in accepting if name != chosen], refusals)
 
 
 def check_kernels(
@@ -105,13 +108,28 @@ def check_kernels(
     dtypes = [torch.float32] if device.type == "cpu" else [torch.float32, torch.bfloat16, torch.float16]
     rates = {f"{_short(dtype)} GEMM GFLOP/s": _gemm_gflops(dtype, device) for dtype in dtypes}
     rates["copy GB/s"] = _copy_gb_s(device)
-    findings: list[CheckFinding] = []
+    runs: list[tuple[CheckFinding, float, float]] = []
     jobs = [job for name in kernels for job in _jobs(name, dtypes, device, slow)]
-    with progress_bar(len(jobs), unit="case", mode=progress, description="checking kernels") as bar:
+    with progress_bar(len(jobs), unit="cases", mode=progress, description="checking kernels") as bar:
         for kernel, case, dtype in jobs:
-            findings += _check_case(kernel, case, dtype, device, rates)
+            flops, n_bytes = _part(kernel, "cases").cost(case)
+            runs += [
+                (finding, flops, n_bytes * dtype.itemsize / 4) for finding in _check_case(kernel, case, dtype, device)
+            ]
+            if flops >= _FLOPS_THAT_COUNT:
+                # Beside a busy neighbour the first measurement may be far below what the machine can do.
+                gemm = f"{_short(dtype)} GEMM GFLOP/s"
+                rates[gemm] = max(rates[gemm], _gemm_gflops(dtype, device))
             bar.update(1)
-    return findings, rates
+    return [_against_roofline(*run, rates) for run in runs], rates
+
+
+def _against_roofline(finding: CheckFinding, flops: float, n_bytes: float, rates: dict[str, float]) -> CheckFinding:
+    if flops < _FLOPS_THAT_COUNT or finding.milliseconds == 0:
+        return finding
+    seconds = finding.milliseconds / 1e3
+    least = max(flops / 1e9 / rates[f"{finding.dtype} GEMM GFLOP/s"], n_bytes / 1e9 / rates["copy GB/s"])
+    return replace(finding, gflops=flops / seconds / 1e9, roofline_share=least / seconds)
 
 
 def _part(kernel: str, name: str) -> Any:
@@ -130,17 +148,12 @@ def _jobs(
 
 
 @torch.inference_mode()
-def _check_case(
-    kernel: str, case: Any, dtype: torch.dtype, device: torch.device, rates: dict[str, float]
-) -> Iterator[CheckFinding]:
+def _check_case(kernel: str, case: Any, dtype: torch.dtype, device: torch.device) -> Iterator[CheckFinding]:
     cases, implementations = _part(kernel, "cases"), _part(kernel, "api").IMPLEMENTATIONS
     inputs = cases.make_inputs(case, dtype, device)
     reference = _part(kernel, "reference").compute
     exact_inputs = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
     truth, plain = reference(*exact_inputs), reference(*inputs)
-    flops, n_bytes = cases.cost(case)
-    n_bytes *= dtype.itemsize / 4
-    floor = max(flops / 1e9 / rates[f"{_short(dtype)} GEMM GFLOP/s"], n_bytes / 1e9 / rates["copy GB/s"])
     for name, path in implementations.items():
         if name in BY_NAME_ONLY:
             continue
@@ -149,20 +162,13 @@ def _check_case(
             logger.debug("%s %s %s %s: %s", kernel, name, case.name, dtype, reason)
             continue
         compute = partial(module.compute, *inputs)
-        error, problem = _compare(compute(), truth, plain)
-        seconds = median(_times(compute, device))
-        counts = flops >= _FLOPS_THAT_COUNT
-        yield CheckFinding(
-            kernel=kernel,
-            implementation=name,
-            case=case.name,
-            dtype=_short(dtype),
-            error=error,
-            problem=problem,
-            milliseconds=seconds * 1e3,
-            gflops=flops / seconds / 1e9 if counts else None,
-            roofline_share=floor / seconds if counts else None,
-        )
+        seconds = 0.0
+        try:
+            error, problem = _compare(compute(), truth, plain)
+            seconds = median(_times(compute, device))
+        except Exception as failure:  # the finding that a report needs most: the kernel does not run here
+            error, problem = float("nan"), f"{type(failure).__name__}: {failure}"
+        yield CheckFinding(kernel, name, case.name, _short(dtype), error, problem, seconds * 1e3)
 
 
 def _compare(got: Any, truth: Any, plain: Any) -> tuple[float, str | None]:

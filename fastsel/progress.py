@@ -113,13 +113,14 @@ class _Lines(Progress):
 
     def _write(self, elapsed: float) -> None:
         rate = (self.done - self._done_before) / max(elapsed, 1e-9)
+        speed = f"{rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s"
         line = f"{self.description}: {self.done:,}"
         if self.total:
             left = (self.total - self.done) / max(rate, 1e-9)
             line += f" of {self.total:,} {self.unit} ({self.done / self.total:.0%})"
-            line += f", {rate:,.0f} {self.unit}/s, {format_seconds(left)} left"
+            line += f", {speed}, {format_seconds(left)} left"
         else:
-            line += f" {self.unit}, {rate:,.0f} {self.unit}/s"
+            line += f" {self.unit}, {speed}"
         print(line, file=self._stream, flush=True)
 
 

@@ -28,7 +28,7 @@ def test_every_operation_is_examined():
     for finding in findings.kernels:
         assert finding.chosen in ("native", "torch")
         assert "needs a CUDA or ROCm device" in finding.refusals["triton"]
-        assert "reference" not in finding.refusals
+        assert "reference" in finding.also and "reference" not in finding.refusals
 
 
 def test_system_lines_say_versions_threads_and_extras():
@@ -79,6 +79,16 @@ def test_a_wrong_kernel_is_found_and_named(only_small_cases, monkeypatch, capsys
     assert main(["doctor", "--check", "--device", "cpu", "--kernel", "linear_token_stats", "-q"]) == 1
     out = capsys.readouterr().out
     assert "FAILED" in out and "linear_token_stats torch odd: entropy: error 1.0" in out
+
+
+def test_a_kernel_that_fails_is_a_finding_and_not_a_crash(only_small_cases, monkeypatch, capsys):
+    def fail(*inputs):
+        raise RuntimeError("ptxas fatal: out of registers")
+
+    monkeypatch.setattr(torch_blocked, "compute", fail)
+    assert main(["doctor", "--check", "--device", "cpu", "--kernel", "linear_token_stats", "-q"]) == 1
+    out = capsys.readouterr().out
+    assert "linear_token_stats torch tiny: RuntimeError: ptxas fatal: out of registers" in out
 
 
 def test_a_few_tied_indices_may_differ_and_many_may_not():
