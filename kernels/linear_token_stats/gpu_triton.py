@@ -17,7 +17,8 @@ Ladder, predicted for one H100 from the compiled kernel, bfloat16, nll (no GPU h
     2026-11-22  tile 128 x 128, 8 warps, one program a multiprocessor     0.238 ms    15.0 ms   cache-bound
     2026-11-22  4 warps, two programs overlap                             0.199 ms    14.7 ms   cache-bound
     2026-11-22  tile 128 x 256, 8 warps: a third fewer bytes a flop       0.187 ms    11.4 ms   cache-bound
-    With all outputs that tile spills (136 bytes a thread), so "all" keeps 128 x 128.
+    With all outputs that tile spills (136 bytes a thread), with a bias too (8), so "all" keeps 128 x 128. At 128
+    registers a thread two programs of 128 x 128 with 8 warps would overlap: 0.199 ms, but 8 bytes spill (all: 232).
 """
 
 import torch
@@ -31,7 +32,7 @@ from fastsel.kernels._runtime.triton_launch import Launch, Programs, Work, no_de
 SLICE = 1024  # vocabulary columns of one program: a multiple of every BLOCK_V below
 MERGE_TILE = 2048  # partial results of one array that one program of the second kernel holds
 # (architecture, bytes of an element, variant): BLOCK_T, BLOCK_V, BLOCK_D, num_warps, num_stages, float32 products
-# "few": nll, lse, top1_logprob without softcap; "all": anything; "unaligned": rows that are no multiple of 16 elements.
+# "few": nll, lse, top1_logprob, no bias, no softcap; "unaligned": rows are no multiple of 16 elements; "all": the rest.
 LAUNCH_TABLE = {
     ("sm_80", 2, "few"): (128, 128, 64, 8, 3, "ieee"),
     ("sm_80", 2, "all"): (128, 128, 64, 8, 3, "ieee"),
@@ -212,11 +213,18 @@ def unsupported(
     return no_device(hidden)
 
 
-def _variant(hidden: torch.Tensor, weight: torch.Tensor, softcap: float | None, outputs: tuple[str, ...]) -> str:
+def _variant(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    outputs: tuple[str, ...],
+) -> str:
     # Triton knows of an alignment only when a stride is a multiple of 16 elements.
     if any(x.shape[1] % 16 or x.stride(0) % 16 or x.stride(1) != 1 for x in (hidden, weight)):
         return "unaligned"
-    return "few" if softcap is None and set(outputs) <= {"nll", "lse", "top1_logprob"} else "all"
+    is_plain = bias is None and softcap is None
+    return "few" if is_plain and set(outputs) <= {"nll", "lse", "top1_logprob"} else "all"
 
 
 def plan(
@@ -232,7 +240,7 @@ def plan(
 ) -> tuple[dict[str, torch.Tensor], list[Launch]]:
     """The (still unwritten) results and the launches that write them, for a key of LAUNCH_TABLE."""
     (n_tokens, n_features), n_words = hidden.shape, weight.shape[0]
-    variant = _variant(hidden, weight, softcap, outputs)
+    variant = _variant(hidden, weight, bias, softcap, outputs)
     key = (architecture, hidden.element_size(), variant)
     block_t, block_v, block_d, num_warps, num_stages, precision = LAUNCH_TABLE[key]
     n_slices = triton.cdiv(n_words, SLICE)

@@ -85,7 +85,7 @@ def test_every_entry_of_linear_token_stats(key):
     architecture, itemsize, variant = key
     dtype = DTYPES[itemsize]
     if variant == "few":
-        launches = stats_launches(architecture, dtype, outputs=("nll", "lse", "top1_logprob"), bias=True)
+        launches = stats_launches(architecture, dtype, outputs=("nll", "lse", "top1_logprob"))
     elif variant == "all":
         launches = stats_launches(architecture, dtype, outputs=ALL_OUTPUTS, bias=True, softcap=30.0)
     else:
