@@ -14,7 +14,6 @@ from fastsel.io.examples import OK, STATUS, Example
 from fastsel.io.templates import GUARD, Template, Turn, UnfitConversationError
 
 CONDITIONED, DIRECT = "conditioned", "direct"
-RULES = ("shared", "cherry", "superfiltering")
 OVERFLOW = ("truncate", "skip", "error")
 TURNS = ("all", "last")
 # Why a row is not ok; position 0 says that it is. A store keeps the position.
@@ -95,6 +94,7 @@ class AnswerTokenizer:
         self._overflow = overflow
         self._turns = turns
         self._rule = rule
+        self._rules = {"shared": self._shared, "cherry": self._cherry, "superfiltering": self._superfiltering}
         self._start = [] if template.has_marks else _added_start(tokenizer)
         self._document_start = self._start or _document_start(tokenizer)
         marks = sorted(
@@ -118,7 +118,7 @@ class AnswerTokenizer:
         flat = [turn for of_row in turns for turn in of_row]
         prompts = self.encode([turn.prompt for turn in flat])
         joined = self.encode([turn.prompt + turn.answer for turn in flat])
-        scored = getattr(self, f"_{self._rule}")(flat, prompts, joined)
+        scored = self._rules[self._rule](flat, prompts, joined)
         position = 0
         for row, of_row in zip(rows, turns, strict=True):
             stop = position + len(of_row)
@@ -147,19 +147,19 @@ class AnswerTokenizer:
 
     def _finish(self, row: RowTokens, scored: list[tuple[int, list[ScoredSequence]]], n_tokens: int) -> None:
         row.n_tokens = n_tokens
-        row.why = max((why for why, _ in scored), default=NO_ANSWER)
-        overflows = any(why in (NO_ROOM, CUT) for why, _ in scored)
-        if overflows and self._rule == "shared" and self._overflow != "truncate":
-            if self._overflow == "error":
-                raise InputError(
-                    f"row {row.row_id} has {n_tokens} tokens, more than max_length={self._max_length}: "
-                    "raise max_length, or say overflow='truncate' or 'skip'"
-                )
+        reasons = [why for why, _ in scored]
+        overflows = any(why in (NO_ROOM, CUT, TOO_LONG) for why in reasons)
+        if overflows and self._overflow == "error":
+            raise InputError(
+                f"row {row.row_id} has {n_tokens} tokens, more than max_length={self._max_length}: "
+                "raise max_length, or say overflow='truncate' or 'skip'"
+            )
+        if overflows and self._overflow == "skip":
             row.why = TOO_LONG
             return
         row.sequences = [sequence for _, sequences in scored for sequence in sequences]
-        if row.sequences and row.why != FITS:
-            row.why = CUT
+        # A blank turn beside others takes nothing away; a row of blank turns has no score.
+        row.why = (CUT if overflows else FITS) if row.sequences else max(reasons)
 
     def _shared(
         self, turns: list[Turn], prompts: list[list[int]], joined: list[list[int]]
