@@ -315,7 +315,7 @@ def _command(words: list[str], console: Console) -> int:
 def _stopped(how: str, code: int, words: list[str]) -> int:
     logger.warning("%s", how)
     if words[0] in ("select", "score", "demo"):
-        logger.info("What was computed so far is kept. To go on: %s", shlex.join(["fastsel", *words]))
+        logger.info("Finished parts are kept. To go on: %s", shlex.join(["fastsel", *words]))
     _result_of_failure(words, how, code)
     return code
 
@@ -352,7 +352,7 @@ def _explain(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}", RunFailedError.exit_code
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{error.strerror}; what was computed so far is kept", RunFailedError.exit_code
+        return f"{error.strerror}; finished parts are kept", RunFailedError.exit_code
     if isinstance(error, ModuleNotFoundError) and error.name == "torch":
         return "running a model needs the package torch: pip install 'fastsel[models]'", UsageError.exit_code
     return None

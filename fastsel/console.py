@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 logger = logging.getLogger("fastsel")
+kernels_logger = logging.getLogger("fastsel.kernels")
 
 
 class _Line(logging.Formatter):
@@ -28,19 +29,21 @@ class _Line(logging.Formatter):
 
 
 class _KernelsOnce(logging.Filter):
-    """Dispatch says which implementation ran at every call; once a run is enough."""
+    """Dispatch notes at every call which implementation ran; a run says it once for each, and to everybody."""
 
     def __init__(self) -> None:
         super().__init__()
         self._said: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.name != "fastsel.kernels":
-            return True
-        message = record.getMessage()
-        new = message not in self._said
-        self._said.add(message)
-        return new
+        module = record.getMessage()
+        if module in self._said:
+            return False
+        self._said.add(module)
+        kernel, file = module.split(".")[-2:]
+        record.msg, record.args = f"kernel: {kernel} runs {file}.py", ()
+        record.levelno, record.levelname = logging.INFO, "INFO"
+        return True
 
 
 class _Stderr(logging.Handler):
@@ -75,6 +78,7 @@ class Console:
     def __init__(self, verbosity: int = 0) -> None:
         self.verbosity = verbosity
         self._kept = _Kept()
+        self._kernels_once = _KernelsOnce()
         self._handlers: list[logging.Handler] = [self._kept]
         self._caught = warnings.catch_warnings()
 
@@ -91,7 +95,6 @@ class Console:
         self._add(handler)
 
     def _add(self, handler: logging.Handler) -> None:
-        handler.addFilter(_KernelsOnce())
         self._handlers.append(handler)
         logger.addHandler(handler)
 
@@ -100,6 +103,7 @@ class Console:
         logger.setLevel(logging.DEBUG)
         logger.propagate = False
         logger.addHandler(self._kept)
+        kernels_logger.addFilter(self._kernels_once)
         stderr = _Stderr({-1: logging.WARNING, 0: logging.INFO, 1: logging.DEBUG}[self.verbosity])
         stderr.setFormatter(_Line())
         self._add(stderr)
@@ -130,6 +134,7 @@ class Console:
         for handler in self._handlers:
             logger.removeHandler(handler)
             handler.close()
+        kernels_logger.removeFilter(self._kernels_once)
         logger.setLevel(self._level)
         logger.propagate = self._propagate
 

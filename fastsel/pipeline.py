@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +157,7 @@ def open_configured_pool(config: Config, progress: str) -> "Pool":
     counts = {name: int((pool.status == code).sum()) for code, name in enumerate(STATUS)}
     unusable = [f"{counts[name]:,} {name}" for name in ("skipped", "error") if counts[name]]
     logger.info("pool: %s, %s rows%s", pool.name, f"{len(pool):,}", f" ({', '.join(unusable)})" if unusable else "")
-    for row, reason in sorted(pool.reasons.items())[:3]:
+    for row, reason in islice(pool.reasons.items(), 3):
         logger.info("  row %d: %s", row, reason)
     if len(pool.reasons) > 3:
         logger.info("  and %s more; selection.parquet has the reason of each", f"{len(pool.reasons) - 3:,}")

@@ -295,7 +295,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
     ("error", "code", "message"),
     [
         (MemoryError(), 1, "a smaller --batch-tokens needs less"),
-        (OSError(28, "No space left on device"), 1, "No space left on device; what was computed so far is kept"),
+        (OSError(28, "No space left on device"), 1, "No space left on device; finished parts are kept"),
         (ModuleNotFoundError("No module named 'torch'", name="torch"), 2, "pip install 'fastsel[models]'"),
         (KeyboardInterrupt(), 130, "To go on: fastsel select scores"),
         (ZeroDivisionError("oops"), 1, "this is a bug in fastsel"),

@@ -1,6 +1,7 @@
 """A run that is stopped by a signal goes on where it was, and ends in the bytes of a run that was never stopped."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from fastsel.cli import main  # noqa: E402
+from fastsel.store import FeatureStore  # noqa: E402
 
 SAME_BYTES = ("selected.jsonl", "selection.parquet", "indices.npy", "scores.npy", "config.yaml")
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "boats", "sail", "home"]
@@ -107,11 +109,14 @@ def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(number, code, how, mod
 
 
 def test_another_request_does_not_go_on_with_a_stopped_run(model, pool, capsys, monkeypatch):
-    def stop_at_once(*arguments):
+    write = FeatureStore.write
+
+    def write_and_stop(*arguments):
+        write(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("fastsel.store.FeatureStore.write", stop_at_once)
+        patched.setattr(FeatureStore, "write", write_and_stop)
         assert main(words(model, "out")) == 130
     capsys.readouterr()
     assert main(words(model, "out", "--template", "none")) == 2
@@ -122,8 +127,8 @@ def test_another_request_does_not_go_on_with_a_stopped_run(model, pool, capsys, 
 
 def test_choosing_again_needs_no_model(model, pool, capsys):
     assert main(words(model, "out")) == 0
-    (pool / "model_is_gone").mkdir()
-    capsys.readouterr()
+    err = capsys.readouterr().err
+    assert re.findall(r"kernel: (\w+) runs", err).count("linear_token_stats") == 1, "said once, not at every call"
     assert main(["select", "--from", "out", "--budget", "3", "-o", "three", "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["kept"] == 3 and "no model runs" in captured.err
