@@ -22,6 +22,7 @@ from fastsel.kernels.linear_token_stats import cases as stats_cases  # noqa: E40
 from fastsel.kernels.linear_token_stats import gpu_triton as stats_kernel  # noqa: E402
 from fastsel.kernels.linear_token_stats import reference as stats_reference  # noqa: E402
 from fastsel.kernels.tree_attention import api as tree_api  # noqa: E402
+from fastsel.kernels.tree_attention import cases as tree_cases  # noqa: E402
 from fastsel.kernels.tree_attention import gpu_triton as tree_kernel  # noqa: E402
 from fastsel.kernels.tree_attention import reference as tree_reference  # noqa: E402
 from fastsel.kernels.tree_attention.segments import Segments  # noqa: E402
@@ -244,68 +245,54 @@ def check_stats_address_rows_beyond_two_to_the_31(tmp_path):
     compare_stats((weight, hidden, targets.repeat(17)[:50] % 3, None, None, 1.0, stats_cases.ALL_OUTPUTS))
 
 
-FORESTS = {
-    "one token": Segments([0, 1], [-1]),
-    "small": Segments([0, 37, 40, 75, 76, 110, 140], [-1, 0, 1, 0, 3, -1]),
-    "three levels": Segments([0, 70, 75, 140, 141, 230, 300], [-1, 0, 1, 0, 3, -1]),
-    "a chain": Segments([0, 130, 131, 200], [-1, 0, 1]),
-}
-# heads, key heads, head size, size of a value, window, softcap
-HEADS = {
-    "plain": (2, 2, 64, 64, None, None),
-    "grouped": (6, 2, 16, 16, None, None),
-    "window": (3, 1, 80, 80, 20, None),
-    "softcap": (2, 1, 32, 32, None, 3.0),
-    "value size": (2, 2, 16, 48, 100, 5.0),
-    "odd size": (1, 1, 5, 3, 1, None),
-    "96": (1, 1, 96, 96, None, None),
-}
-
-
-def compare_attention(segments, heads, dtype, architecture="sm_90", seed=0):
-    n_heads, n_key_heads, head, head_v, window, softcap = heads
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((n_heads, head), (n_key_heads, head), (n_key_heads, head_v))
-    qkv = [torch.randn(segments.n_tokens, *shape, generator=generator).to(dtype) for shape in shapes]
-    got = tree_api.tree_attention(*qkv, segments, window=window, softcap=softcap, implementation="triton")
-    options = (segments, window, softcap, head**-0.5)
+def compare_attention(case, dtype):
+    *qkv, segments, window, softcap, scale = tree_cases.make_inputs(case, dtype, "cpu")
+    got = tree_api.tree_attention(*qkv, segments, window=window, softcap=softcap, scale=scale, implementation="triton")
+    options = (segments, window, softcap, scale)
     truth = tree_reference.compute(*(x.double() for x in qkv), *options)
     plain = tree_reference.compute(*qkv, *options)
     if dtype == torch.bfloat16:
         # The interpreter cuts float32 to bfloat16 where a device rounds: up to one more unit in the last place.
         assert ((got.double() - truth).abs() <= 2**-6 * (1 + truth.abs())).all()
-    else:
+    elif got.numel():
         assert_as_exact(got, truth, plain, reduction_length=segments.n_tokens)
+    assert got.shape == truth.shape
+
+
+FAST_FORESTS = ["one", "tiny", "empty", "window", "softcap"]
+FOREST = ((37, 3, 35, 1, 34, 30), (-1, 0, 1, 0, 3, -1))  # three levels, two roots
 
 
 @small
-@pytest.mark.parametrize("heads", ["grouped", "value size", "odd size"])
-def check_attention_matches_the_reference(heads):
-    compare_attention(FORESTS["small"], HEADS[heads], torch.float32)
+@pytest.mark.parametrize("name", FAST_FORESTS)
+def check_attention_matches_the_reference(name):
+    compare_attention(tree_cases.CASES[name], torch.float32)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("forest", FORESTS)
-def check_attention_matches_the_reference_everywhere(forest, heads, dtype):
-    compare_attention(FORESTS[forest], HEADS[heads], dtype)
+@pytest.mark.parametrize("name", [name for name, case in tree_cases.CASES.items() if not case.slow])
+def check_attention_matches_the_reference_everywhere(name, dtype):
+    compare_attention(tree_cases.CASES[name], dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("head", [64, 128, 256])
+@pytest.mark.parametrize("head", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def check_attention_tiles_of_every_architecture(architecture, head, dtype, monkeypatch):
     if head > tree_kernel.WIDEST_HEAD[dtype]:
-        pytest.skip("the table has no such entry")
+        wide = torch.zeros(0, 1, head, dtype=dtype)
+        assert "heads of at most 128 features" in tree_kernel.unsupported(wide, wide, wide, None, None, None, 1.0)
+        return
     monkeypatch.setattr(tree_kernel, "triton_architecture", lambda tensor: architecture)
-    compare_attention(FORESTS["three levels"], (2, 1, head, head, None, None), dtype)
+    compare_attention(tree_cases.Case("tiles", *FOREST, 2, 1, head, head, "one head size"), dtype)
 
 
 @small
 def check_attention_keeps_nan_with_the_descendants():
-    segments = FORESTS["small"]
+    case = tree_cases.Case("poisoned", *FOREST, 1, 1, 16, 16, "")
+    segments = tree_cases.make_inputs(case, torch.float32, "cpu")[3]
     query, key, value = (torch.randn(segments.n_tokens, 1, 16) for _ in range(3))
     before = tree_api.tree_attention(query, key, value, segments, implementation="triton")
     poisoned = slice(segments.start_list[3], segments.start_list[4])
@@ -390,4 +377,4 @@ def check_planted_mask_off_by_one_is_caught(monkeypatch):
     shifted = {"window": 19}
     monkeypatch.setattr(Launch, "run", lambda launch: plain_run(launch._replace(arguments=launch.arguments | shifted)))
     with pytest.raises(AssertionError):
-        compare_attention(FORESTS["small"], HEADS["window"], torch.float32)
+        compare_attention(tree_cases.CASES["window"], torch.float32)
