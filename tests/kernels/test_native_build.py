@@ -98,6 +98,9 @@ for operation in sys.argv[2:]:
     for case in cases.CASES.values():
         for dtype in () if case.slow else (torch.float32, torch.bfloat16, torch.float16):
             inputs = cases.make_inputs(case, dtype, "cpu")
+            refused = importlib.import_module(implementations["native"]).unsupported(*inputs)
+            if refused and dtype != torch.float32:
+                continue
             got, expected = (run(implementations, name, *inputs) for name in ("native", "reference"))
             if isinstance(got, dict):
                 got, expected = list(got.values()), list(expected.values())
@@ -113,7 +116,7 @@ for operation in sys.argv[2:]:
 @NEEDS_LIBRARY
 @pytest.mark.parametrize("isa", usable_instruction_sets())
 def test_every_instruction_set_of_this_processor_gives_right_values(isa):
-    assert len(run_python(COMPARE, isa, *OPERATIONS, FASTSEL_ISA=isa)) > 3 * len(OPERATIONS)
+    assert len(run_python(COMPARE, isa, *OPERATIONS, FASTSEL_ISA=isa)) > 5 * len(OPERATIONS)
 
 
 @NEEDS_LIBRARY
