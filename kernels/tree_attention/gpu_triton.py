@@ -211,8 +211,11 @@ def _block_tensors(
     if key not in kept:
         blocks, ranges = _query_blocks(segments, block_q, group)
         longest = max((end - begin + position for begin, end, position in ranges), default=0)
-        tensors = (torch.tensor(rows, dtype=torch.int32, device=device) for rows in (blocks, ranges))
-        kept[key] = (*tensors, longest)
+        kept[key] = (
+            torch.tensor(blocks, dtype=torch.int32, device=device),
+            torch.tensor(ranges, dtype=torch.int32, device=device),
+            longest,
+        )
     return kept[key]
 
 

@@ -115,6 +115,17 @@ def test_every_entry_of_tree_attention(key, options):
     assert_sound(launch, architecture)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_sizes_windows_and_strides_of_one_compile(dtype):
+    # The launcher turns every argument that is 1 into a constant: other code, and another path through the compiler.
+    launches = stats_launches("sm_90", dtype, (1, 1, 1), ALL_OUTPUTS, bias=True, softcap=1.0)
+    launches.append(tree_launch("sm_90", dtype, 1, heads=(1, 1), segments=Segments([0, 1], [-1])))
+    launches.append(tree_launch("sm_90", dtype, 1, heads=(1, 1), window=1, softcap=1.0))
+    for launch in launches:
+        assert_sound(launch, "sm_90", allowed=["narrow loads"])
+
+
 # Most that a prediction may exceed the floor of its task. Above 1.3 the reason is in docs/measured.md: on H100 and B200
 # the second-level cache cannot feed tiles of this size, and a task with 576 features has short inner loops.
 PREDICTED = [
