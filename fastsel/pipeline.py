@@ -115,7 +115,12 @@ def run(
         raise UsageError("where to write? -o DIR names a new or empty folder")
     if from_run is not None and Path(from_run).resolve() == Path(output).resolve():
         raise UsageError(f"--from and -o name the same folder ({output}); choose again into another one")
-    pool = open_configured_pool(config, progress)
+    try:
+        pool = open_configured_pool(config, progress)
+    except InputError as error:
+        if from_run is None or config.given.get("pool") == "flags":
+            raise
+        raise InputError(f"{error}\n{from_run} was made from it; --pool says where it is now") from None
     request = {
         **config.shaping(),
         "pool": pool.fingerprint,
@@ -161,8 +166,11 @@ def open_configured_pool(config: Config, progress: str) -> "Pool":
         logger.info("  row %d: %s", row, reason)
     if len(pool.reasons) > 3:
         logger.info("  and %s more; selection.parquet has the reason of each", f"{len(pool.reasons) - 3:,}")
-    if len(pool) == 0:
-        raise InputError(f"{pool.name} holds no rows: there is nothing to choose from")
+    if pool.scores is not None and not (pool.scores == pool.scores).any():  # NaN is not equal to itself
+        raise InputError(
+            f"no row of {pool.name} has a number in {options['score_column']}: check the name of the column "
+            f"(nested ones with dots, as processed_scores.IFD)"
+        )
     return pool
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+import fastsel
 from fastsel import __version__
 from fastsel.catalogue import METHODS
 from fastsel.cli import main
@@ -40,7 +41,7 @@ def select(capsys, *words, method="scores", out="out"):
     return run(capsys, "select", method, "--pool", "pool.jsonl", *SCORED, "-o", out, *words)
 
 
-def fastsel(*words, **options):
+def program(*words, **options):
     return subprocess.run(
         [sys.executable, "-m", "fastsel", *words], capture_output=True, text=True, check=False, **options
     )
@@ -221,6 +222,36 @@ def test_from_a_run_whose_pool_changed_is_refused(pool, capsys):
     assert code == 2 and "made from another pool" in err
 
 
+def test_from_a_run_whose_pool_moved_takes_the_new_place(pool, capsys):
+    select(capsys)
+    (pool / "pool.jsonl").rename(pool / "moved.jsonl")
+    code, _, err = run(capsys, "select", "--from", "out", "-o", "again", "--budget", "2")
+    assert code == 2 and "out was made from it; --pool says where it is now" in err
+    code, out, _ = run(capsys, "select", "--from", "out", "-o", "again", "--budget", "2", "--pool", "moved.jsonl")
+    assert code == 0 and "kept 2 of 40" in out
+
+
+def test_from_a_run_saved_in_python(pool, capsys):
+    fastsel.length("pool.jsonl", budget=5).save("saved")
+    code, out, _ = run(capsys, "select", "--from", "saved", "-o", "again", "--budget", "2", "--pool", "pool.jsonl")
+    assert code == 0 and np.load("again/indices.npy").tolist() == [39, 38]
+
+
+def test_a_score_column_that_no_row_has_is_a_misspelt_one(pool, capsys):
+    code, _, err = run(capsys, "select", "ifd", "--pool", "pool.jsonl", "--score-column", "s.idf", "-o", "out")
+    assert code == 2 and "no row of pool.jsonl has a number in s.idf" in err
+
+
+def test_rows_can_be_ranked_annotated_and_exported(pool, capsys):
+    code, _, _ = select(capsys, "--budget", "3", "--order", "rank", "--annotate", "--also", "oda,less", "--no-report")
+    assert code == 0
+    written = [json.loads(line) for line in (pool / "out/selected.jsonl").read_text().splitlines()]
+    assert [row["instruction"] for row in written] == ["Say 17.", "Say 34.", "Say 11."]
+    assert [row["fastsel"]["score"] for row in written] == [39 / 32, 38 / 32, 37 / 32]
+    names = {path.name for path in (pool / "out").iterdir()}
+    assert {"oda.jsonl", "sorted.csv"} <= names and "report.html" not in names
+
+
 def test_configuration_in_a_file_gives_the_same_run(pool, capsys):
     select(capsys, "--budget", "3", "--per", "source")
     code, out, _ = run(capsys, "select", "--config", "out/config.yaml", "-o", "again")
@@ -275,10 +306,10 @@ def test_offline_forbids_the_hub(pool, capsys, monkeypatch):
 
 
 def test_the_program_ends_with_the_code_and_prints_no_traceback(pool):
-    done = fastsel("select", "scores", "--pool", "pool.jsonl", "-o", "o")
+    done = program("select", "scores", "--pool", "pool.jsonl", "-o", "o")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") <= 2 and done.stderr.startswith(("pool:", "error:"))
-    assert fastsel("--version").stdout == f"fastsel {__version__}\n"
+    assert program("--version").stdout == f"fastsel {__version__}\n"
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path):
