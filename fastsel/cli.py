@@ -4,7 +4,6 @@
 130 interrupted (Ctrl-C)   75 terminated (SIGTERM); after both the same command goes on where it was
 """
 
-import argparse
 import io
 import json
 import logging
@@ -19,163 +18,19 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from fastsel import __version__
+from fastsel.arguments import ABOUT, demo_parser, doctor_parser, methods_parser, parse, run_parser
 from fastsel.catalogue import METHODS
-from fastsel.config import options_of, resolve
+from fastsel.config import resolve
 from fastsel.console import Console, table
 from fastsel.errors import FastselError, RunFailedError, UsageError
-from fastsel.options import GROUPS, OPTIONS, Option
-from fastsel.progress import MODES
 
 SHORT_OF_BUDGET, TERMINATED, INTERRUPTED = 3, 75, 130
 COMMANDS = ("select", "score", "methods", "doctor", "demo")
 logger = logging.getLogger("fastsel")
 
-ABOUT = """\
-fastsel picks the examples worth training on.
-
-  fastsel demo                                                    256 real rows, a real model, a finished page
-  fastsel select ifd --pool pool.jsonl --budget 10% -o out        the best tenth of your own pool
-
-commands
-  select METHOD   score the rows of a pool, choose, and write the chosen rows with a record of why
-  score METHOD    score the rows only; choose later with `fastsel select --from RUN`
-  methods         the table of methods
-  doctor          which implementation of each kernel runs on this machine, and why not the others
-  demo            the first thing to try; offline, writes ./fastsel_demo
-
-`fastsel COMMAND --help` lists its flags, `fastsel select METHOD --help` those of one method with their defaults.
-Results go to stdout, messages to stderr. Exit codes: 0 done, 1 failed, 2 bad usage or input, 3 short of the
-budget, 130 and 75 interrupted (run the same command again to go on).
-"""
-ABOUT_COMMAND = {
-    "select": "Score the rows of a pool, choose some, and write them with a record of why.",
-    "score": "Score the rows of a pool without choosing; `fastsel select --from RUN` chooses later.",
-    "methods": "The methods, what each looks at, and where it comes from.",
-    "doctor": "What will run on this machine, and why not something faster.",
-    "demo": "Choose a tenth of a bundled pool by IFD with a real language model, offline.",
-}
-
 
 class Terminated(BaseException):
     """SIGTERM arrived; like KeyboardInterrupt, nothing but the command line catches it."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and where to look; argparse would print all flags first."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}\n`{self.prog} --help` lists the flags")
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28, width=min(110, shutil.get_terminal_size().columns))
-
-
-def _parser(command: str, usage: str) -> _Parser:
-    return _Parser(
-        prog=f"fastsel {command}",
-        usage=usage,
-        description=ABOUT_COMMAND[command],
-        formatter_class=_Help,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-
-
-def _run_parser(command: str, method: str | None) -> _Parser:
-    budget = " --budget N" if command == "select" else ""
-    parser = _parser(command, f"fastsel {command} {method or 'METHOD'} --pool PATH{budget} -o DIR [flags]")
-    if method is None:
-        parser.epilog = f"METHOD is one of: {', '.join(METHODS)}. `fastsel {command} METHOD --help` shows its defaults."
-    rows = [METHODS[method]] if method in METHODS else list(METHODS.values())
-    applicable: dict[str, Any] = {}
-    for row in reversed(rows):
-        applicable |= options_of(command, row)
-    for group, heading in GROUPS.items():
-        section = parser.add_argument_group(heading)
-        for option in OPTIONS.values():
-            if option.group == group:
-                _add_option(section, option, option.name in applicable, applicable.get(option.name), method)
-    run = parser.add_argument_group("the run")
-    run.add_argument("--dry-run", action="store_true", help="estimate tokens, memory, disk and time; write nothing")
-    if command == "select":
-        run.add_argument(
-            "--from", dest="from_run", metavar="RUN", help="choose again from a finished run's scores; no model runs"
-        )
-    run.add_argument(
-        "--resume",
-        action=argparse.BooleanOptionalAction,
-        help="go on with an unfinished run (default), or start it anew",
-    )
-    run.add_argument("--overwrite", action="store_true", help="replace the run that is in the output folder")
-    run.add_argument("--config", metavar="YAML", help="options from a file; flags and --set win over it")
-    run.add_argument(
-        "--set", nargs="+", action="extend", metavar="OPTION=VALUE", help="options by name: columns.messages=dialogs"
-    )
-    run.add_argument("--print-config", action="store_true", help="print the resolved configuration as YAML and stop")
-    run.add_argument("--offline", action="store_true", help="never ask the network (sets HF_HUB_OFFLINE=1)")
-    _add_talk(run)
-    return parser
-
-
-def _add_option(section: Any, option: Option, applies: bool, default: Any, method: str | None) -> None:
-    words = [option.short, option.flag] if option.short else [option.flag]
-    shown = option.help
-    if default is not None and method is not None and default is not False and default is not True:
-        shown += f" (default: {str(default).replace('%', '%%')})"
-    given: dict[str, Any] = {"dest": option.name, "help": shown if applies else argparse.SUPPRESS}
-    if option.metavar is None:
-        section.add_argument(*words, action=argparse.BooleanOptionalAction, **given)
-    elif option.many:
-        section.add_argument(*words, nargs="+", action="extend", metavar=option.metavar, **given)
-    else:
-        section.add_argument(*words, metavar=option.metavar, **given)
-
-
-def _add_talk(section: Any) -> None:
-    section.add_argument("--progress", choices=MODES, metavar="HOW", help=f"{', '.join(MODES)} (on stderr)")
-    section.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
-    section.add_argument("-q", "--quiet", action="store_true", help="warnings and errors only")
-    section.add_argument("-v", "--verbose", action="store_true", help="details, and tracebacks of errors")
-
-
-def _doctor_parser() -> _Parser:
-    parser = _parser("doctor", "fastsel doctor [--check] [flags]")
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="run every kernel against its reference: error, time, share of the roofline",
-    )
-    parser.add_argument("--slow", action="store_true", help="with --check: the large cases too (minutes on a CPU)")
-    parser.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:1 (default: auto)")
-    parser.add_argument("--kernel", metavar="NAME", help="only this kernel")
-    _add_talk(parser)
-    return parser
-
-
-def _demo_parser() -> _Parser:
-    parser = _parser("demo", "fastsel demo [-o DIR] [flags]")
-    parser.add_argument("-o", "--output", metavar="DIR", help="where to write (default: fastsel_demo)")
-    parser.add_argument("--overwrite", action="store_true", help="do it again from the start")
-    _add_talk(parser)
-    return parser
-
-
-def _methods_parser() -> _Parser:
-    parser = _parser("methods", "fastsel methods [--json]")
-    _add_talk(parser)
-    return parser
-
-
-def _parse(parser: _Parser, words: Sequence[str]) -> dict[str, Any]:
-    namespace, unknown = parser.parse_known_args(words)
-    if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        near = get_close_matches(unknown[0].partition("=")[0], flags, n=1) if unknown[0].startswith("-") else []
-        hint = f"; did you mean {near[0]}?" if near else ""
-        parser.error(f"{unknown[0]!r} is not understood{hint}")
-    return vars(namespace)
 
 
 def _run(command: str, words: list[str], console: Console, given: dict[str, Any], method: str | None) -> int:
@@ -297,14 +152,14 @@ def _command(words: list[str], console: Console) -> int:
     logger.debug("fastsel %s: %s", __version__, shlex.join(["fastsel", *words]))
     if command in ("select", "score"):
         method = rest.pop(0) if rest and not rest[0].startswith("-") else None
-        given = _parse(_run_parser(command, method), rest)
+        given = parse(run_parser(command, method), rest)
         return _run(command, words[1:], console, given, method)
     if command == "methods":
-        return _methods(_parse(_methods_parser(), rest))
+        return _methods(parse(methods_parser(), rest))
     if command == "doctor":
-        return _doctor(_parse(_doctor_parser(), rest))
+        return _doctor(parse(doctor_parser(), rest))
     if command == "demo":
-        return _demo(_parse(_demo_parser(), rest), console)
+        return _demo(parse(demo_parser(), rest), console)
     near = get_close_matches(command, COMMANDS, n=1)
     hint = f"did you mean `fastsel {near[0]}`? " if near else ""
     if command in METHODS:

@@ -33,8 +33,8 @@ ARROWS = {
 # Pools, results and messages: plain data, usable without torch.
 SHARED = {"budget", "errors", "io", "progress", "report", "runs", "selection", "store", "summary"}
 TOP = {
-    "catalogue", "cli", "config", "console", "demo", "doctor", "estimate", "integrations", "kernel_check", "options",
-    "pipeline", "__main__",
+    "arguments", "catalogue", "cli", "config", "console", "demo", "doctor", "estimate", "integrations", "kernel_check",
+    "options", "pipeline", "__main__",
 }  # fmt: skip
 # `import fastsel` and `fastsel --help` must stay under a second, with and without torch installed.
 WITHOUT_TORCH = SHARED | TOP - {"integrations", "kernel_check"} | {""}

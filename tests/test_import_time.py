@@ -42,11 +42,12 @@ def test_the_program_without_torch_explains_what_is_missing(tmp_path):
     hide = (
         "import sys\n"
         "from importlib.machinery import PathFinder\n"
-        "class Hide:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
+        "class Hide(PathFinder):\n"
+        "    @classmethod\n"
+        "    def find_spec(cls, name, path=None, target=None):\n"
         "        hidden = name.split('.')[0] in ('torch', 'transformers', 'triton')\n"
         "        return None if hidden else PathFinder.find_spec(name, path, target)\n"
-        "sys.meta_path[sys.meta_path.index(PathFinder)] = Hide()\n"
+        "sys.meta_path[sys.meta_path.index(PathFinder)] = Hide\n"
         "from fastsel.cli import main\n"
     )
     words = ["select", "scores", "--pool", "pool.jsonl", "--score-column", "s", "-o", "ready"]
