@@ -50,7 +50,7 @@ def _run(command: str, words: list[str], console: Console, given: dict[str, Any]
         return 0
     from fastsel import pipeline
 
-    progress = "none" if given.get("quiet") else given.get("progress", "auto")
+    progress = _progress(given)
     if given.get("dry_run"):
         from fastsel.estimate import estimate
 
@@ -68,6 +68,11 @@ def _run(command: str, words: list[str], console: Console, given: dict[str, Any]
     )
     print(json.dumps(outcome.as_dict()) if given.get("json") else outcome.text())
     return SHORT_OF_BUDGET if outcome.short_by else 0
+
+
+def _progress(given: dict[str, Any]) -> str:
+    mode: str = given.get("progress", "none" if given.get("quiet") else "auto")
+    return mode
 
 
 def _methods(given: dict[str, Any]) -> int:
@@ -93,7 +98,7 @@ def _doctor(given: dict[str, Any]) -> int:
         check=given.get("check", False),
         slow=given.get("slow", False),
         kernel=given.get("kernel"),
-        progress="none" if given.get("quiet") else given.get("progress", "auto"),
+        progress=_progress(given),
     )
     print(json.dumps(findings.as_dict()) if given.get("json") else findings.text())
     return 0 if findings.passed else 1
@@ -105,7 +110,7 @@ def _demo(given: dict[str, Any], console: Console) -> int:
     outcome = demo(
         given.get("output", "fastsel_demo"),
         overwrite=given.get("overwrite", False),
-        progress="none" if given.get("quiet") else given.get("progress", "auto"),
+        progress=_progress(given),
         on_folder=lambda folder: console.write_log(folder / "run.log"),
     )
     next_step = "\nnext, your own pool: fastsel select ifd --pool POOL.jsonl --budget 10% -o DIR"

@@ -132,6 +132,12 @@ def test_quiet_leaves_stderr_empty_and_json_is_one_object(pool, capsys):
     assert result["folder"] == "out" and "selected.jsonl" in result["files"]
 
 
+def test_quiet_leaves_the_progress_that_was_asked_for(pool, capsys):
+    _, _, err = select(capsys, "-q", "--progress", "json")
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert lines and all(line["event"] == "progress" for line in lines)
+
+
 def test_json_of_a_failure_carries_message_and_exit_code(pool, capsys):
     code, out, err = run(capsys, "select", "random", "--pool", "missing.jsonl", "-o", "o", "--json")
     result = json.loads(out)
