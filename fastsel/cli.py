@@ -227,6 +227,9 @@ def entry_point() -> NoReturn:
     signal.signal(signal.SIGTERM, terminate)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of sources may hold what the terminal cannot show
+    # Threads that spin while they wait cost more than twice the CPU time and the wall time on a machine with other
+    # jobs (docs/measured.md); waking sleeping ones costs microseconds. Read when torch loads its OpenMP.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Two libraries would draw bars and print notes over ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -204,7 +204,10 @@ def _torch_system(where: Any) -> dict[str, str]:
 def _hints() -> list[str]:
     hints = []
     if os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
-        hints.append("on a machine shared with other jobs, OMP_WAIT_POLICY=passive keeps waiting threads from spinning")
+        hints.append(
+            "set OMP_WAIT_POLICY=passive before torch is imported (the program does): on a machine with other jobs, "
+            "threads that spin while they wait can double the time"
+        )
     return hints
 
 

@@ -1,5 +1,6 @@
 """Importing and asking for help is quick, and needs nothing that a scoring machine needs."""
 
+import json
 import os
 import subprocess
 import sys
@@ -64,3 +65,15 @@ def test_the_program_without_torch_explains_what_is_missing(tmp_path):
         )  # fmt: skip
         assert done.returncode == code, done.stderr
         assert message in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_program_lets_waiting_threads_sleep_unless_told_otherwise():
+    pytest.importorskip("torch")
+    words = [sys.executable, "-m", "fastsel", "doctor", "--json"]
+    for given, expected in ((None, "PASSIVE"), ("active", "active")):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+        done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
+        found = json.loads(done.stdout)
+        assert found["system"]["threads"].endswith(f"OMP_WAIT_POLICY={expected}")
+        assert bool(found["hints"]) == (given == "active")
