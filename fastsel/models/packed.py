@@ -20,6 +20,7 @@ from fastsel.errors import FastselWarning, InputError
 from fastsel.kernels.tree_attention import Segments, tree_attention
 from fastsel.models.forest import PackedBatch, pack
 from fastsel.models.loading import LoadedModel
+from fastsel.models.prepacked import PrepackedLinears
 
 __all__ = ["HeadParameters", "PackedBatch", "PackedForward", "pack"]
 
@@ -131,6 +132,7 @@ class PackedForward:
         self.one_by_one = False
         if loaded.device.type == "cpu":
             _keep_freed_memory()
+        self._linears = PrepackedLinears(self.body)
         self.reason = self._probe()
         self.path = "padded" if self.reason else "packed"
         if self.reason:
@@ -175,7 +177,7 @@ class PackedForward:
 
     def _packed(self, batch: PackedBatch, running: _Running) -> torch.Tensor:
         device = self.loaded.device
-        with _attention_switched(self.loaded.model):
+        with _attention_switched(self.loaded.model), self._linears.active():
             token = _running.set(running)
             try:
                 output = self.body(
