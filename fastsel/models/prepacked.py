@@ -32,7 +32,8 @@ class PrepackedLinears:
         operations = torch.ops.mkldnn
         known = all(hasattr(operations, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
         total = sum(4 * layer.weight.numel() for layer in layers)
-        if not known or not torch.backends.mkldnn.is_available() or total > MOST_BYTES:
+        available = known and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        if not available or total > MOST_BYTES:
             layers = []
         with torch.inference_mode():
             self._forwards = [(layer, _prepacked_forward(layer)) for layer in layers]
@@ -42,11 +43,11 @@ class PrepackedLinears:
         """Inside, the layers multiply with the prepacked weights."""
         try:
             for layer, forward in self._forwards:
-                layer.forward = forward  # type: ignore[method-assign]
+                vars(layer)["forward"] = forward
             yield
         finally:
             for layer, _ in self._forwards:
-                layer.__dict__.pop("forward", None)
+                vars(layer).pop("forward", None)
 
 
 def _prepacked_forward(layer: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
