@@ -18,10 +18,10 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from fastsel import __version__
-from fastsel.arguments import ABOUT, demo_parser, doctor_parser, methods_parser, parse, run_parser
-from fastsel.catalogue import METHODS
-from fastsel.config import resolve
-from fastsel.console import Console, table
+from fastsel.commands.arguments import ABOUT, demo_parser, doctor_parser, methods_parser, parse, run_parser
+from fastsel.commands.catalogue import METHODS
+from fastsel.commands.config import resolve
+from fastsel.commands.console import Console, table
 from fastsel.errors import FastselError, RunFailedError, UsageError
 
 SHORT_OF_BUDGET, TERMINATED, INTERRUPTED = 3, 75, 130
@@ -40,7 +40,7 @@ def _run(command: str, words: list[str], console: Console, given: dict[str, Any]
     if given.get("offline"):
         os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     if "from_run" in given:
-        from fastsel.pipeline import resolve_again
+        from fastsel.commands.run import resolve_again
 
         config = resolve_again(given["from_run"], method, flags, given.get("set"), given.get("config"))
     else:
@@ -48,16 +48,16 @@ def _run(command: str, words: list[str], console: Console, given: dict[str, Any]
     if given.get("print_config"):
         print(config.to_yaml(), end="")
         return 0
-    from fastsel import pipeline
+    from fastsel.commands.run import run
 
     progress = _progress(given)
     if given.get("dry_run"):
-        from fastsel.estimate import estimate
+        from fastsel.commands.estimate import estimate
 
         expected = estimate(config, progress=progress)
         print(json.dumps(expected.as_dict()) if given.get("json") else expected.text())
         return 0
-    outcome = pipeline.run(
+    outcome = run(
         config,
         from_run=given.get("from_run"),
         resume=given.get("resume", True),
@@ -91,7 +91,7 @@ def _methods(given: dict[str, Any]) -> int:
 
 
 def _doctor(given: dict[str, Any]) -> int:
-    from fastsel.doctor import examine
+    from fastsel.commands.doctor import examine
 
     findings = examine(
         device=given.get("device", "auto"),
@@ -105,7 +105,7 @@ def _doctor(given: dict[str, Any]) -> int:
 
 
 def _demo(given: dict[str, Any], console: Console) -> int:
-    from fastsel.demo import demo
+    from fastsel.commands.demo import demo
 
     outcome = demo(
         given.get("output", "fastsel_demo"),

@@ -12,8 +12,8 @@ import yaml
 
 import fastsel
 from fastsel import __version__
-from fastsel.catalogue import METHODS
 from fastsel.cli import main
+from fastsel.commands.catalogue import METHODS
 
 SCORED = ["--score-column", "s.ifd"]
 
@@ -342,7 +342,7 @@ def test_what_else_may_happen_has_a_message_and_a_code(error, code, message, poo
     def fail(*args, **options):
         raise error
 
-    monkeypatch.setattr("fastsel.pipeline.compute", fail)
+    monkeypatch.setattr("fastsel.commands.run.compute", fail)
     found, out, err = select(capsys)
     assert found == code and message in err and out == ""
     assert ("Traceback" in err) == ("bug" in message)

@@ -37,7 +37,7 @@ def test_type_checkers_see_the_names_that_resolve():
 def test_methods_are_the_ones_that_the_readme_and_the_catalogue_list():
     table = re.search(r"^## Methods$(.*?)^## ", (ROOT / "README.md").read_text(), re.M | re.S).group(1)
     assert sorted(re.findall(r"^\| `(\w+)`", table, re.M)) == METHODS
-    assert sorted(importlib.import_module("fastsel.catalogue").METHODS) == METHODS
+    assert sorted(importlib.import_module("fastsel.commands.catalogue").METHODS) == METHODS
     for method in METHODS:
         assert getattr(fastsel, method) is getattr(importlib.import_module(f"fastsel.methods.{method}"), method)
 

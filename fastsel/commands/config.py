@@ -6,9 +6,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from fastsel.catalogue import METHODS, Method, find_method
+from fastsel.commands.catalogue import METHODS, Method, find_method
+from fastsel.commands.options import GROUPS, MACHINE, MODEL, OPTIONS, OUTPUT, POOL, read_value
 from fastsel.errors import InputError, UsageError
-from fastsel.options import GROUPS, MACHINE, MODEL, OPTIONS, OUTPUT, POOL, read_value
 
 # axolotl's words for the columns and tags, accepted beside the options in YAML.
 _AXOLOTL_COLUMNS = ("field", "field_messages", "field_instruction", "field_input", "field_output", "field_system")
@@ -26,7 +26,7 @@ class Config:
     Attributes:
         command: "select" or "score".
         method: the row of the catalogue.
-        values: every option that applies, in the order of fastsel.options; None where nothing is set.
+        values: every option that applies, in the order of fastsel.commands.options; None where nothing is set.
         given: the options that somebody named, with where: "flags", "--set" or the YAML file.
     """
 

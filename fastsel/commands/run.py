@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsel import __version__
-from fastsel.config import Config, resolve
+from fastsel.commands.config import Config, resolve
+from fastsel.commands.options import OPTIONS, OUTPUT
+from fastsel.commands.runs import RunFolder, sha256_of
 from fastsel.errors import InputError, UsageError
-from fastsel.options import OPTIONS, OUTPUT
 from fastsel.progress import format_seconds
-from fastsel.runs import RunFolder, sha256_of
 
 if TYPE_CHECKING:
     from fastsel.io import Pool
@@ -96,7 +96,7 @@ def run(
     """Do what a configuration asks for, in its folder.
 
     Args:
-        config: from fastsel.config.resolve, or from resolve_again together with from_run.
+        config: from fastsel.commands.config.resolve, or from resolve_again together with from_run.
         from_run: choose from this finished run's scores instead of computing any.
         resume: go on with an unfinished run of the same request.
         overwrite: replace the run that is in the folder.
@@ -221,7 +221,7 @@ def resolve_again(
 
     Args:
         run_folder: the finished run.
-        method, flags, sets: as in fastsel.config.resolve.
+        method, flags, sets: as in fastsel.commands.config.resolve.
         config_path: not taken here.
 
     Raises:

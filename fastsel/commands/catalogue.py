@@ -1,7 +1,7 @@
 """The methods that exist, what each is, and which options it takes: one literal table.
 
 The command line reads its flags and defaults here, so that help needs neither the method's module nor torch;
-tests/test_catalogue.py holds the table to the signatures of the functions.
+tests/commands/test_catalogue.py holds the table to the signatures of the functions.
 """
 
 from dataclasses import dataclass, field

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from fastsel.catalogue import METHODS
-from fastsel.config import options_of
+from fastsel.commands.catalogue import METHODS
+from fastsel.commands.config import options_of
+from fastsel.commands.options import GROUPS, OPTIONS, Option
 from fastsel.errors import UsageError
-from fastsel.options import GROUPS, OPTIONS, Option
 from fastsel.progress import MODES
 
 ABOUT = """\

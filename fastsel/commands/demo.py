@@ -4,8 +4,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from fastsel.config import resolve
-from fastsel.pipeline import Outcome, run
+from fastsel.commands.config import resolve
+from fastsel.commands.run import Outcome, run
 
 logger = logging.getLogger("fastsel")
 

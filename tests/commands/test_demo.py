@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-import fastsel.pipeline
+import fastsel.commands.run
 from fastsel.cli import main
-from fastsel.demo import demo
+from fastsel.commands.demo import demo
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def no_model(monkeypatch, tmp_path):
         assert config.method.name == "ifd" and config.values["model"] == "bundled"
         return fastsel.random(pool, budget=config.values["budget"])
 
-    monkeypatch.setattr(fastsel.pipeline, "compute", choose_at_random)
+    monkeypatch.setattr(fastsel.commands.run, "compute", choose_at_random)
     return tmp_path
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastsel.budget import Budget
-from fastsel.config import Config
+from fastsel.commands.config import Config
+from fastsel.commands.run import announce_model, compute, open_configured_pool
 from fastsel.errors import InputError
-from fastsel.pipeline import announce_model, compute, open_configured_pool
 from fastsel.progress import format_seconds
 
 if TYPE_CHECKING:

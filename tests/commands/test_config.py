@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from fastsel.config import resolve
+from fastsel.commands.config import resolve
+from fastsel.commands.options import OPTIONS, read_value
 from fastsel.errors import InputError, UsageError
-from fastsel.options import OPTIONS, read_value
 
 
 def write(tmp_path, text):

@@ -7,9 +7,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from fastsel import kernel_check  # noqa: E402
 from fastsel.cli import main  # noqa: E402
-from fastsel.doctor import examine  # noqa: E402
+from fastsel.commands import kernel_check  # noqa: E402
+from fastsel.commands.doctor import examine  # noqa: E402
 from fastsel.errors import UsageError  # noqa: E402
 from fastsel.kernels.linear_token_stats import torch_blocked  # noqa: E402
 

@@ -4,10 +4,10 @@ import inspect
 
 import pytest
 
-from fastsel.catalogue import METHODS, find_method
-from fastsel.config import options_of
+from fastsel.commands.catalogue import METHODS, find_method
+from fastsel.commands.config import options_of
+from fastsel.commands.options import OPTIONS
 from fastsel.errors import UsageError
-from fastsel.options import OPTIONS
 
 # What the command line hands over by itself: not an option of the user's.
 HANDED_OVER = {"budget", "store", "executor", "progress"}

