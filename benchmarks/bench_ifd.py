@@ -25,6 +25,8 @@ from fastsel.models.loading import load_model
 from fastsel.models.packed import pack
 
 MAX_LENGTH = 512
+AUTHORS, PLAIN = "Cherry_LLM's loop", "Hugging Face, labels=, batch 1"
+GEMM = "float32 GEMM of the needed flops"
 HEADER = "### Response:"
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -164,31 +166,13 @@ def same_values(our_scores, peer_result):
     assert np.isfinite(theirs).sum() >= 0.9 * len(theirs)
 
 
-def test_authors_loop(compare, loaded, pool):
-    rows, case = pool
-    found = compare(
-        lambda: ours(loaded, rows), lambda: cherry_loop(loaded.model, loaded.tokenizer, rows),
-        op="ifd", case=case, name="Cherry_LLM's loop", check=same_values,
-    )  # fmt: skip
-    assert found.ratio > 1
-
-
-def test_plain_hugging_face_loop(compare, loaded, pool):
-    rows, case = pool
-    found = compare(
-        lambda: ours(loaded, rows), lambda: plain_loop(loaded.model, loaded.tokenizer, rows),
-        op="ifd", case=case, name="Hugging Face, labels=, batch 1", check=same_values,
-    )  # fmt: skip
-    assert found.ratio > 1
-
-
 @pytest.mark.gate
 def test_gate_a_few_rows_beat_the_plain_loop(compare, loaded):
     """Short enough for CI, on process-CPU time, which a busy machine hardly changes."""
-    rows, case = bench_rows(24)
+    rows, case = bench_rows(16)
     found = compare(
         lambda: ours(loaded, rows), lambda: plain_loop(loaded.model, loaded.tokenizer, rows),
-        op="ifd", case=case, name="Hugging Face, labels=, batch 1", check=same_values, rounds=3,
+        op="ifd", case=case, name=PLAIN, check=same_values, rounds=3,
     )  # fmt: skip
     assert found.ratio_cpu > 1.2
 
@@ -210,40 +194,37 @@ def chat_ifd(model, tokenizer, row):
     return losses[0] / losses[1]
 
 
-def test_wana(compare, loaded, pool, tmp_path):
-    """The same weights, quantised as they come, under its own chat template; the gate is that template's IFD."""
+@pytest.fixture
+def wana(loaded, pool, tmp_path):
+    """wana as a peer: the same weights, quantised as they come, under its own chat template; the gate is that IFD."""
     python = os.environ.get("FASTSEL_BENCH_WANA_PYTHON")
     if not python:
-        pytest.skip("FASTSEL_BENCH_WANA_PYTHON does not name an interpreter with wana 0.5.1")
-    rows, case = pool
+        yield []
+        return
+    rows, info = pool[0], {}
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     command = [python, "-c", WANA, str(tmp_path / "rows.json"), str(torch.get_num_threads())]
-    info = {}
 
-    def computes_ifd(our_scores, peer_result):
-        assert np.isfinite(our_scores).mean() >= 0.9 and np.isfinite(peer_result[0]).mean() >= 0.9
-        for row, ratio in list(zip(rows, peer_result[0], strict=True))[:8]:
+    def computes_ifd(our_scores, ratios):
+        assert np.isfinite(our_scores).mean() >= 0.9 and np.isfinite(ratios).mean() >= 0.9
+        for row, ratio in list(zip(rows, ratios, strict=True))[:8]:
             assert abs(ratio / chat_ifd(loaded.model, loaded.tokenizer, row) - 1) <= 0.1
 
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
-        def wana():
+        def call():
             process.stdin.write("\n")
             process.stdin.flush()
             answer = json.loads(process.stdout.readline())
             info["peer_tokens"] = answer["tokens"]
-            return np.array(answer["ratios"]), answer["tokens"]
+            return np.array(answer["ratios"])
 
         def cpu_seconds():
             fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
             return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-        found = compare(
-            lambda: ours(loaded, rows), wana,
-            op="ifd", case=case, name="wana 0.5.1", check=computes_ifd, cpu_clock=cpu_seconds, info=info,
-        )  # fmt: skip
+        yield [{"name": "wana 0.5.1", "call": call, "check": computes_ifd, "cpu_clock": cpu_seconds, "info": info}]
         process.stdin.close()
-    assert found.ratio > 1
 
 
 def needed_flops(model, sequences):
@@ -259,23 +240,35 @@ def needed_flops(model, sequences):
     return layers + answers * 2 * config.hidden_size * config.vocab_size, n_tokens, answers
 
 
-def test_share_of_the_matrix_product_rate(compare, loaded, pool):
-    """The floor: float32 GEMM 1024 x 576 x 1536 doing as many flops, alternating; ratio_cpu is the share reached."""
+def test_whole_scoring(compare_all, loaded, pool, wana):
+    """Against the authors' loop, a plain loop, wana, and the floor: float32 GEMM 1024 x 576 x 1536 of as many flops.
+
+    ratio_cpu of the last is the share of the matrix product's rate that the whole scoring reaches.
+    """
     rows, case = pool
-    per_row = [sequences_of(loaded.tokenizer, row) for row in rows]
-    flops, n_tokens, answers = needed_flops(loaded.model, [sequence for pair in per_row if pair for sequence in pair])
+    model, tokenizer = loaded.model, loaded.tokenizer
+    pairs = [pair for pair in (sequences_of(tokenizer, row) for row in rows) if pair]
+    flops, n_needed, n_answers = needed_flops(model, [sequence for pair in pairs for sequence in pair])
+    n_tokens = sum(len(token_ids) for pair in pairs for token_ids, _ in pair)
     a, b, out = torch.randn(1024, 576), torch.randn(576, 1536), torch.empty(1024, 1536)
-    repeats = round(flops / (2 * 1024 * 576 * 1536))
 
     def products():
-        for _ in range(repeats):
+        for _ in range(round(flops / (2 * 1024 * 576 * 1536))):
             torch.mm(a, b, out=out)
 
-    found = compare(
-        lambda: ours(loaded, rows), products, op="ifd", case=case, name="float32 GEMM of the needed flops", check=None,
-        info={"note": f"{flops / 1e12:.3f} Tflop, {n_tokens} tokens needed, {answers} answer tokens"},
-    )  # fmt: skip
-    assert 0.3 < found.ratio_cpu <= 1
+    found = compare_all(
+        lambda: ours(loaded, rows),
+        [
+            {"name": GEMM, "call": products, "check": None},
+            {"name": PLAIN, "call": lambda: plain_loop(model, tokenizer, rows), "check": same_values},
+            {"name": AUTHORS, "call": lambda: cherry_loop(model, tokenizer, rows), "check": same_values},
+            *wana,
+        ],
+        op="ifd",
+        case=case,
+        info={"tokens": n_tokens, "tokens_needed": n_needed, "answer_tokens": n_answers, "teraflops": flops / 1e12},
+    )
+    assert found[AUTHORS].ratio_cpu > found[PLAIN].ratio_cpu > 1 > found[GEMM].ratio_cpu > 0.3
 
 
 def test_peak_memory_above_the_loaded_model(benchmark, loaded, pool, peak_memory):

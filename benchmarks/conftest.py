@@ -40,41 +40,62 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
 
 
+class _Peer:
+    """One competitor: what it is called, how it is called, and how long it took."""
+
+    def __init__(self, name, call, check, cpu_clock=time.process_time, info=None):
+        self.name, self._call, self._check, self._cpu_clock = name, call, check, cpu_clock
+        self._info = {} if info is None else info
+        self._wall, self._cpu = [], []
+
+    def timed(self):
+        wall, cpu = time.perf_counter(), self._cpu_clock()
+        result = self._call()
+        self._wall.append(time.perf_counter() - wall)
+        self._cpu.append(self._cpu_clock() - cpu)
+        return result
+
+    def agree(self, our_result):
+        """The gate, and the warm-up: a peer that takes over a minute is not called again."""
+        result = self.timed()
+        if self._check is not None:
+            self._check(our_result, result)
+        self.is_slow = self._wall[0] > 60
+        if not self.is_slow:
+            self._wall.clear(), self._cpu.clear()
+
+    def row(self):
+        median = statistics.median
+        return {"peer": self.name, "peer_s": median(self._wall), "peer_cpu_s": median(self._cpu), **self._info}
+
+
 @pytest.fixture
-def compare(benchmark):
-    """compare(ours, peer, op=, case=, name=, check=) -> Comparison, and one row for record.py.
+def compare_all(benchmark):
+    """compare_all(ours, peers, op=, case=) -> {peer's name: Comparison}; one row of record.py for each peer.
 
     Args:
-        ours, peer: functions without arguments; called alternately, each round one call of both.
-        op, case, name: the operation or method, the shape, the peer: the key of the row in history.csv.
-        check: called with both results before the clock starts; raises when they disagree, and then nothing is timed.
-            None only where the peer computes something else (a bare matrix product).
-        rounds: pairs of calls. A peer whose first call takes over a minute is not called again.
-        cpu_clock: process-CPU seconds of the peer, where it runs in a process of its own.
-        info: further columns of the row, such as our_peak_bytes, peer_peak_bytes, note.
+        ours: function without arguments.
+        peers: list of dicts: name; call, a function without arguments; check, called with both results before the clock
+            starts, which raises when they disagree, and then nothing is timed (None only where the peer computes
+            something else, such as a bare matrix product); cpu_clock, process-CPU seconds of a peer that runs in a
+            process of its own; info, further columns of its row, such as peer_peak_bytes.
+        op, case: the operation or method and the shape: with the peer's name the key of a row in history.csv.
+        rounds: each round calls every peer and then ours. A peer whose first call takes over a minute is called once.
+        info: further columns for all rows, such as our_peak_bytes, note.
     """
 
-    def run(ours, peer, *, op, case, name, check, rounds=5, info=None, cpu_clock=time.process_time):
-        peer_wall, peer_cpu, ours_cpu = [], [], []
+    def run(ours, peers, *, op, case, rounds=5, info=None):
+        competitors = [_Peer(**peer) for peer in peers]
+        result = ours()
+        for peer in competitors:
+            peer.agree(result)
+        del result
+        ours_cpu = []
 
-        def call_peer():
-            wall, cpu = time.perf_counter(), cpu_clock()
-            result = peer()
-            peer_wall.append(time.perf_counter() - wall)
-            peer_cpu.append(cpu_clock() - cpu)
-            return result
-
-        our_result, peer_result = ours(), call_peer()  # also the warm-up
-        if check is not None:
-            check(our_result, peer_result)
-        del our_result, peer_result
-        peer_is_slow = peer_wall[0] > 60
-        if not peer_is_slow:
-            peer_wall.clear(), peer_cpu.clear()
-
-        def timed_peer():
-            if not peer_is_slow:
-                call_peer()
+        def every_peer():
+            for peer in competitors:
+                if not peer.is_slow:
+                    peer.timed()
 
         def timed_ours():
             cpu = time.process_time()
@@ -82,15 +103,26 @@ def compare(benchmark):
             ours_cpu.append(time.process_time() - cpu)
 
         benchmark.group = f"{op}: {case}"
-        # pytest-benchmark runs setup before every round and does not time it: that is where the peer has its turn.
-        benchmark.pedantic(timed_ours, setup=timed_peer, rounds=rounds, iterations=1)
-        median = statistics.median
-        found = Comparison(benchmark.stats.stats.median, median(peer_wall), median(ours_cpu), median(peer_cpu))
+        # pytest-benchmark runs setup before every round and does not time it: that is where the peers have their turn.
+        benchmark.pedantic(timed_ours, setup=every_peer, rounds=rounds, iterations=1)
+        ours_s, our_cpu_s = benchmark.stats.stats.median, statistics.median(ours_cpu)
+        rows = [peer.row() for peer in competitors]
         benchmark.extra_info.update(
-            op=op, case=case, peer=name, threads=torch.get_num_threads(), load=round(os.getloadavg()[0], 1),
-            peer_s=found.peer, our_cpu_s=found.ours_cpu, peer_cpu_s=found.peer_cpu, **(info or {}),
+            op=op, case=case, threads=torch.get_num_threads(), load=round(os.getloadavg()[0], 1),
+            our_cpu_s=our_cpu_s, peers=rows, **(info or {}),
         )  # fmt: skip
-        return found
+        return {row["peer"]: Comparison(ours_s, row["peer_s"], our_cpu_s, row["peer_cpu_s"]) for row in rows}
+
+    return run
+
+
+@pytest.fixture
+def compare(compare_all):
+    """compare(ours, peer, op=, case=, name=, check=) -> Comparison: compare_all with one peer."""
+
+    def run(ours, peer, *, op, case, name, check, rounds=5, info=None):
+        peers = [{"name": name, "call": peer, "check": check}]
+        return compare_all(ours, peers, op=op, case=case, rounds=rounds, info=info)[name]
 
     return run
 

@@ -29,24 +29,27 @@ def rows(run: dict, first: int, note: str) -> list[dict]:
     commit, cpu = run["commit_info"], run["machine_info"]["cpu"]
     found = []
     for benchmark in run["benchmarks"]:
-        info, ours = benchmark["extra_info"], benchmark["stats"]["median"]
+        info, ours = dict(benchmark["extra_info"]), benchmark["stats"]["median"]
         if "op" not in info:
             continue
-        measured = {
-            "row": first + len(found),
-            "date": run["datetime"][:16],
-            "commit": str(commit.get("id", "unknown"))[:9] + ("+" if commit.get("dirty") else ""),
-            "machine": f"{cpu.get('brand_raw', 'unknown')} x{cpu.get('count', '?')}",
-            "rounds": benchmark["stats"]["rounds"],
-            "our_s": f"{ours:.4g}",
-        }
-        if "peer_s" in info:
-            measured["ratio"] = f"{info['peer_s'] / ours:.3f}"
-            measured["ratio_cpu"] = f"{info['peer_cpu_s'] / info['our_cpu_s']:.3f}"
-        measured |= {key: f"{info[key]:.4g}" for key in ("peer_s", "our_cpu_s", "peer_cpu_s") if key in info}
-        extra = [f"{key} {value:.4g}" for key, value in info.items() if key not in COLUMNS and key != "note"]
-        measured["note"] = "; ".join(filter(None, [info.get("note", ""), *extra, note]))
-        found.append({key: info[key] for key in COLUMNS if key in info} | measured)
+        for peer in info.pop("peers", [{}]):
+            row = info | peer
+            text = [row.get("note", ""), *(f"{key} {row[key]:.4g}" for key in row if key not in COLUMNS), note]
+            row |= {
+                "row": first + len(found),
+                "date": run["datetime"][:16],
+                "commit": str(commit.get("id", "unknown"))[:9] + ("+" if commit.get("dirty") else ""),
+                "machine": f"{cpu.get('brand_raw', 'unknown')} x{cpu.get('count', '?')}",
+                "rounds": benchmark["stats"]["rounds"],
+                "our_s": ours,
+                "note": "; ".join(filter(None, text)),
+            }
+            if "peer_s" in row:
+                row["ratio"] = row["peer_s"] / ours
+                row["ratio_cpu"] = row["peer_cpu_s"] / row["our_cpu_s"]
+            found.append(
+                {key: f"{row[key]:.4g}" if isinstance(row[key], float) else row[key] for key in COLUMNS if key in row}
+            )
     return found
 
 
