@@ -46,8 +46,11 @@ def compute(
     native.function("linear_token_stats_workspace", c_int64, c_int64, c_int64, c_int32, POINTER(c_int64))(
         t, d, v, threads, byref(needed)
     )
-    workspace = torch.empty(needed.value)
-    values = {name: torch.empty(t, dtype=torch.int64 if name == "argmax" else torch.float32) for name in outputs}
+    # dtype and device are spelt out: torch's defaults are the user's to change.
+    workspace = torch.empty(needed.value, dtype=torch.float32, device="cpu")
+    values = {
+        name: torch.empty(t, dtype=torch.int64 if name == "argmax" else torch.float32, device="cpu") for name in outputs
+    }
     fields = ("nll", "lse", "entropy", "top1_logprob", "top2_logprob", "argmax")
     native.function(
         "linear_token_stats",

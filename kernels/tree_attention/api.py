@@ -69,8 +69,12 @@ def tree_attention(
         raise ValueError(f"query has {heads} heads, which is no multiple of the {key.shape[1]} heads of key")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 or None, got {window}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
+    if head_dim == 0:
+        raise ValueError("query and key must have at least one feature")
     scale = head_dim**-0.5 if scale is None else float(scale)
+    if not abs(scale) < float("inf"):
+        raise ValueError(f"scale must be finite, got {scale}")
     result: torch.Tensor = run(IMPLEMENTATIONS, implementation, query, key, value, segments, window, softcap, scale)
     return result

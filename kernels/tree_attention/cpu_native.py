@@ -40,7 +40,7 @@ def compute(
 ) -> torch.Tensor:
     """See api.tree_attention."""
     (t, h, d), (hk, dv), threads = query.shape, value.shape[1:], native.num_threads()
-    out = torch.empty(t, h, dv)
+    out = query.new_empty(t, h, dv)
     if out.numel() == 0:
         return out
     query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
@@ -49,7 +49,7 @@ def compute(
     native.function(
         "tree_attention_workspace", c_void_p, c_int64, c_int64, c_int64, c_int64, c_int32, POINTER(c_int64)
     )(segments.starts.data_ptr(), len(segments), hk, d, dv, threads, byref(needed))
-    workspace = torch.empty(needed.value, dtype=torch.uint8)
+    workspace = torch.empty(needed.value, dtype=torch.uint8, device="cpu")
     strided = (c_void_p, c_int64, c_int64)
     native.function(
         "tree_attention",

@@ -30,10 +30,10 @@ def compute(
     out = query.new_empty(*query.shape[:2], value.shape[2])
     starts = segments.start_list
     for s in range(len(segments)):
-        path = torch.cat([torch.arange(starts[a], starts[a + 1]) for a in segments.path(s)])
+        path = torch.cat([torch.arange(starts[a], starts[a + 1], device=query.device) for a in segments.path(s)])
         for row in range(starts[s], starts[s + 1]):
             position = int(segments.positions[row])
-            seen = path[max(0, position + 1 - (window or position + 1)) : position + 1].to(query.device)
+            seen = path[max(0, position + 1 - (window or position + 1)) : position + 1]
             logits = scale * torch.einsum("hd,jhd->hj", query[row], key[seen].repeat_interleave(group, 1))
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)

@@ -50,12 +50,12 @@ class Segments:
     @cached_property
     def starts(self) -> torch.Tensor:
         """[s + 1] int64, CPU."""
-        return torch.tensor(self.start_list, dtype=torch.int64)
+        return torch.tensor(self.start_list, dtype=torch.int64, device="cpu")
 
     @cached_property
     def parents(self) -> torch.Tensor:
         """[s] int64, CPU."""
-        return torch.tensor(self.parent_list, dtype=torch.int64)
+        return torch.tensor(self.parent_list, dtype=torch.int64, device="cpu")
 
     @cached_property
     def first_positions(self) -> list[int]:
@@ -68,14 +68,14 @@ class Segments:
     @cached_property
     def first_positions_tensor(self) -> torch.Tensor:
         """[s] int64, CPU: first_positions."""
-        return torch.tensor(self.first_positions, dtype=torch.int64)
+        return torch.tensor(self.first_positions, dtype=torch.int64, device="cpu")
 
     @cached_property
     def positions(self) -> torch.Tensor:
         """[t] int64, CPU: position of each packed row in its sequence."""
         starts = self.starts
         shift = self.first_positions_tensor - starts[:-1]
-        return torch.arange(self.n_tokens) + shift.repeat_interleave(starts.diff())
+        return torch.arange(self.n_tokens, device="cpu") + shift.repeat_interleave(starts.diff())
 
     def path(self, segment: int) -> list[int]:
         """The segment's ancestors from the root down, and itself."""
@@ -113,7 +113,7 @@ class Segments:
         """
         if size not in self._query_blocks:  # every layer of a model asks again
             counts = (self.starts.diff() + size - 1) // size
-            segment = torch.arange(len(self)).repeat_interleave(counts)
-            in_segment = torch.arange(segment.numel()) - (counts.cumsum(0) - counts)[segment]
+            segment = torch.arange(len(self), device="cpu").repeat_interleave(counts)
+            in_segment = torch.arange(segment.numel(), device="cpu") - (counts.cumsum(0) - counts)[segment]
             self._query_blocks[size] = (self.starts[segment] + in_segment * size, segment)
         return self._query_blocks[size]

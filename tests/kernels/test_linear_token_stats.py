@@ -382,6 +382,20 @@ def test_edges_inputs_stay_as_they_are_and_nothing_is_tracked(implementation):
     assert not any(x.requires_grad for x in stats)
 
 
+@pytest.mark.parametrize("implementation", ALL)
+def test_edges_torchs_defaults_do_not_matter(implementation):
+    """A caller may have set another default dtype (half the bytes of a float32 buffer) or device."""
+    inputs = make_inputs(LAW, torch.float32, "cpu")
+    expected = linear_token_stats(*inputs, implementation=implementation)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            got = linear_token_stats(*inputs, implementation=implementation)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert bits(got) == bits(expected)
+
+
 @NEEDS_LIBRARY
 @pytest.mark.slow
 def test_edges_more_than_2_31_logits():

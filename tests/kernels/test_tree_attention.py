@@ -169,6 +169,21 @@ def test_edges_strided_inputs_are_read_in_place_and_left_alone(implementation):
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("implementation", ALL)
+def test_edges_torchs_defaults_do_not_matter(implementation):
+    """A caller may have set another default dtype (half the bytes of a float32 buffer) or device."""
+    inputs = make_inputs(CASES["family"], torch.float32, "cpu")
+    expected = tree_attention(*inputs, implementation=implementation)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            fresh = Segments(inputs[3].start_list, inputs[3].parent_list)
+            got = tree_attention(*inputs[:3], fresh, *inputs[4:], implementation=implementation)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("implementation", ["native", "torch"])
 def test_edges_memory_does_not_grow_with_the_square(implementation):
     """16,384 tokens in 256 segments: all pairs at once would take 1 GB a head."""
@@ -219,7 +234,10 @@ def test_refuses_inputs_that_do_not_match():
         ((query[:, :1].repeat(1, 3, 1), key.repeat(1, 2, 1), value.repeat(1, 2, 1), segments), "no multiple of the 2"),
         ((query, key, value, Segments([0, 4], [-1])), "segments cover 4 rows, query has 5"),
         ((query, key, value, segments, 0), "window must be at least 1 or None, got 0"),
-        ((query, key, value, segments, None, 0.0), "softcap must be positive or None, got 0.0"),
+        ((query, key, value, segments, None, 0.0), "softcap must be positive and finite, or None, got 0.0"),
+        ((query, key, value, segments, None, float("inf")), "softcap must be positive and finite, or None, got inf"),
+        ((query, key, value, segments, None, None, float("nan")), "scale must be finite, got nan"),
+        ((query[:, :, :0], key[:, :, :0], value, segments), "at least one feature"),
     ):
         with pytest.raises(ValueError, match=message):
             tree_attention(*arguments)
