@@ -203,7 +203,9 @@ class AnswerTokenizer:
             prompt_length = min(len(self._start) + len(prompt), self._max_length)
             conditioned = (self._start + whole)[: self._max_length]
             alone = (self._start + direct)[: self._max_length - prompt_length + 4]
-            first = {CONDITIONED: len(self._start) + len(prompt), DIRECT: len(self._start) + len(headers[turn.header])}
+            # With nothing before it (no header, no start token) the first answer token has no prediction.
+            before = {CONDITIONED: len(prompt), DIRECT: len(headers[turn.header])}
+            first = {p: max(1, len(self._start) + count) for p, count in before.items()}
             lengths = len(alone) - first[DIRECT], len(conditioned) - first[CONDITIONED]
             if prompt_length >= self._max_length:
                 result.append((NO_ROOM, []))
@@ -254,7 +256,7 @@ class AnswerTokenizer:
         split = self._rule == "shared" and not self._template.has_marks
         encoded = self._plain(texts, split)
         for i, text in enumerate(texts):
-            if GUARD in text:
+            if self._template.has_marks and GUARD in text:  # elsewhere it is a character like any other
                 encoded[i] = self._piecewise(text)
         return encoded
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from fastsel.errors import InputError
 from fastsel.features.answer_tokens import CONDITIONED, DIRECT, REASONS, AnswerTokenizer
 from fastsel.io import open_pool
-from fastsel.io.templates import ALPACA, NONE, SingleTurnTemplate, load_template
+from fastsel.io.templates import ALPACA, GUARD, NONE, SingleTurnTemplate, load_template
 
 
 def byte_tokenizer(*, start=False, merges=(), marks=("<s>",), chat_template=None, **special):
@@ -129,6 +129,16 @@ def test_special_token_strings_of_a_row_stay_text():
     assert released.sequences[0].ids.count(mark) == 2
 
 
+
+def test_a_guard_in_a_row_opens_no_door():
+    """The character that guards a row's special tokens under a chat template is only a character elsewhere."""
+    tokenizer = byte_tokenizer(start=True, bos_token="<s>")
+    (row,) = tokenise([{**ROW, "output": f"<s>{GUARD}"}], tokenizer, HEADED)
+    conditioned, direct = row.sequences
+    assert conditioned.ids.count(tokenizer.convert_tokens_to_ids("<s>")) == 1
+    assert len(direct.ids) - direct.first == 3 + len(GUARD.encode())
+
+
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -196,6 +206,20 @@ def test_released_cherry_cuts_the_direct_pass_by_four_whatever_the_header():
     four = SingleTurnTemplate("four", "Q:{instruction} A::", None, "A::")
     (row,) = tokenise([{**ROW, "output": "0123456789"}], tokenizer, four, rule="cherry", max_length=17)
     assert passes(tokenizer, row) == {CONDITIONED: "<s>Q:ask A::|0123456", DIRECT: "<s>A::|0123456"}
+
+
+@pytest.mark.parametrize(
+    "row, wanted, expected",
+    [
+        (ROW, (CONDITIONED, DIRECT), {CONDITIONED: "ask\\n|yes", DIRECT: "y|es"}),
+        ({"text": "yes"}, (CONDITIONED,), {CONDITIONED: "y|es"}),
+    ],
+)
+def test_released_cherry_has_no_prediction_for_the_first_token_of_all(row, wanted, expected):
+    """No header and no start token, as under GPT-2 with template "none", or no prompt either."""
+    tokenizer = byte_tokenizer(marks=())
+    (tokens,) = tokenise([row], tokenizer, NONE, rule="cherry", passes=wanted)
+    assert passes(tokenizer, tokens) == expected
 
 
 def test_released_superfiltering_scores_a_shifted_answer_without_a_start_token():
