@@ -166,10 +166,10 @@ def _command(words: list[str], console: Console) -> int:
     if command == "demo":
         return _demo(parse(demo_parser(), rest), console)
     near = get_close_matches(command, COMMANDS, n=1)
-    hint = f"did you mean `fastsel {near[0]}`? " if near else ""
+    hint = f"; did you mean `fastsel {near[0]}`?" if near else "."
     if command in METHODS:
-        hint = f"did you mean `fastsel select {command}`? "
-    raise UsageError(f"there is no command {command!r}; {hint}The commands are: {', '.join(COMMANDS)}")
+        hint = f"; did you mean `fastsel select {command}`?"
+    raise UsageError(f"there is no command {command!r}{hint} The commands are: {', '.join(COMMANDS)}")
 
 
 def _stopped(how: str, code: int, words: list[str]) -> int:

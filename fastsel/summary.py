@@ -204,6 +204,10 @@ def _line(name: str, text: str) -> str:
 def _share_lines(title: str, parts: Sequence[tuple[str, Mapping[str, Any]]], most: int = 12) -> list[str]:
     if not parts:
         return []
+    # Names come from the pool and may hold line ends, or codes that a terminal obeys.
+    parts = [
+        ("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name), part) for name, part in parts
+    ]
     width = min(40, max(len(title), *(len(name) for name, _ in parts[:most])))
     lines = ["", f"  {title:<{width}}  {'pool':>7} {'kept':>7} {'random':>7}"]
     for name, part in parts[:most]:

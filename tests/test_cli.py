@@ -219,6 +219,9 @@ def test_from_a_run_refuses_what_would_need_another_pass(pool, capsys):
         assert code == 2 and message in err
     code, _, err = run(capsys, "select", "ifd", "--from", "out", "-o", "again")
     assert code == 2 and "out was scored by scores, not by ifd" in err
+    run(capsys, "select", "random", "--pool", "pool.jsonl", "-o", "drawn")
+    code, _, err = run(capsys, "select", "--from", "drawn", "--seed", "5", "-o", "again")
+    assert code == 2 and "--seed was 0 in drawn and cannot be 5" in err
 
 
 def test_from_a_run_whose_pool_changed_is_refused(pool, capsys):
@@ -291,6 +294,23 @@ def test_dry_run_writes_nothing(pool, capsys):
     code, out, _ = select(capsys, "--dry-run")
     assert code == 0 and "nothing was written" in out
     assert sorted(path.name for path in pool.iterdir()) == ["pool.jsonl"]
+
+
+def test_dry_run_reads_the_trial_as_the_pool_was_read(pool, capsys):
+    rows = "".join(json.dumps({"q": "ask", "a": "answer", "origin": "web"}) + "\n" for _ in range(3))
+    (pool / "rows.jsonl").write_text(rows)
+    entry = {"file_name": "rows.jsonl", "columns": {"prompt": "q", "response": "a"}}
+    (pool / "dataset_info.json").write_text(json.dumps({"mine": entry}))
+    words = ["select", "length", "--pool", "dataset_info.json#mine", "--budget", "1", "--dry-run"]
+    code, out, _ = run(capsys, *words)
+    assert code == 0 and "3 rows, 3 of them usable" in out
+
+
+def test_names_of_sources_cannot_break_the_summary(tmp_path, capsys):
+    rows = [{"instruction": "a", "output": "b", "source": name} for name in ("new\nline", "\x1b[31mred", "plain")]
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, _ = run(capsys, "select", "random", "--pool", str(tmp_path / "pool.jsonl"), "-o", str(tmp_path / "o"))
+    assert code == 0 and "new\N{REPLACEMENT CHARACTER}line" in out and "\x1b" not in out
 
 
 def test_methods_prints_a_row_for_each_method(capsys):

@@ -136,7 +136,5 @@ def find_method(name: str) -> Method:
     from difflib import get_close_matches
 
     near = get_close_matches(name, METHODS, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise UsageError(
-        f"there is no method {name!r}; {hint}The methods are: {', '.join(METHODS)} (see `fastsel methods`)"
-    )
+    hint = f"; did you mean {near[0]}?" if near else "."
+    raise UsageError(f"there is no method {name!r}{hint} The methods are: {', '.join(METHODS)} (see `fastsel methods`)")

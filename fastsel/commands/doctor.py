@@ -112,8 +112,10 @@ def examine(
         progress: see fastsel.progress.
 
     Raises:
-        UsageError: the device or the kernel does not exist.
+        UsageError: the device or the kernel does not exist; slow without check.
     """
+    if slow and not check:
+        raise UsageError("--slow adds cases to --check: give both")
     findings = Findings(_system())
     findings.hints = _hints()
     if importlib.util.find_spec("torch") is None:

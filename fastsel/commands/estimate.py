@@ -98,14 +98,13 @@ def estimate(config: Config, *, progress: str = "auto") -> Estimate:
     started = time.perf_counter()
     loaded = _load(config)
     load_seconds = time.perf_counter() - started
-    options = {name: value for name, value in config.pool_options().items() if name not in ("limit", "max_error_rate")}
     with tempfile.TemporaryDirectory() as folder:
         if loaded is not None:  # the first forward pass pays for compiling and for fresh memory
             few = open_pool(
-                pool.write_rows(trial_rows[:_WARM_UP_ROWS], Path(folder) / "few"), **options, progress="none"
+                pool.write_rows(trial_rows[:_WARM_UP_ROWS], Path(folder) / "few"), **pool.options, progress="none"
             )
             _try(config, few, loaded, None, "none")
-        trial = open_pool(pool.write_rows(trial_rows, Path(folder) / "trial"), **options, progress="none")
+        trial = open_pool(pool.write_rows(trial_rows, Path(folder) / "trial"), **pool.options, progress="none")
         started = time.perf_counter()
         selection = _try(config, trial, loaded, Path(folder) / "features", progress)
         trial_seconds = time.perf_counter() - started

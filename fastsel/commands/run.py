@@ -239,6 +239,8 @@ def resolve_again(
     before = resolve("select", None, {}, None, str(recorded), only_known=True)
     for name, value in config.values.items():
         free = OPTIONS[name].group == OUTPUT or name in ("budget", "per", "seed", "pool")
+        if name == "seed" and config.method.name == "random":
+            free = False  # its scores are the draw itself
         if not free and value != before.values.get(name):
             raise UsageError(
                 f"{OPTIONS[name].flag} was {before.values.get(name)!r} in {run_folder} and cannot be {value!r} "

@@ -51,6 +51,8 @@ def read_entry(source: str) -> DatasetEntry:
         raise InputError(f"{file}: no such file (working directory: {Path.cwd()})") from None
     except ValueError as error:
         raise InputError(f"{file}: not JSON ({error})") from error
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise InputError(f"{file} is not a dataset_info.json: it must hold one object a data set, by name")
     if name not in entries:
         raise InputError(f"{file} has no entry {name!r}; it has {', '.join(sorted(entries)[:20])}")
     entry: dict[str, Any] = entries[name]
@@ -71,8 +73,11 @@ def read_entry(source: str) -> DatasetEntry:
     formatting = entry.get("formatting", "alpaca")
     if formatting not in _FORMATS:
         raise InputError(f"{file}#{name}: formatting {formatting!r} is not known; known are {', '.join(_FORMATS)}")
+    path = file.parent / entry["file_name"]
+    if not path.exists():
+        raise InputError(f"{path}: no such file (named by {file}#{name})")
     format = _FORMATS[formatting]
     used = {word: column for word, column in columns.items() if word in _USED_COLUMNS}
     if format == "alpaca" and "prompt" in used and "response" not in used:  # a corpus without answers
         format, used = "text", {"text": used["prompt"]}
-    return DatasetEntry(name, file.parent / entry["file_name"], format, used, entry.get("tags") or {})
+    return DatasetEntry(name, path, format, used, entry.get("tags") or {})

@@ -4,6 +4,7 @@ import difflib
 import glob
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -132,9 +133,9 @@ def find_files(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
         paths = [path for item in source for path in find_files(item)]
         if not paths:
             raise InputError("the list of pool files is empty")
-        twice = {path for path in paths if paths.count(path) > 1} if len(paths) < 10_000 else set()
+        twice = sorted(path for path, times in Counter(paths).items() if times > 1)
         if twice:
-            raise InputError(f"{min(twice)} is named twice in the list of pool files")
+            raise InputError(f"{twice[0]} is named twice in the list of pool files")
         return paths
     path = Path(source).expanduser()
     if path.exists():

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fastsel.io.layout_options import LAYOUT_COLUMNS
+from fastsel.io.layout_options import LAYOUT_COLUMNS, LayoutOptions
 from fastsel.io.row_values import kind_of
 
 _PROMPT_WORDS = ("instruction", "prompt", "question", "query", "problem", "user", "input")
@@ -20,12 +20,18 @@ def first_keys(row: object) -> str:
     )
 
 
-def unknown_layout(row: object) -> str:
+def unknown_layout(row: object, options: LayoutOptions) -> str:
     """What to tell a user none of whose rows could be read: the first row's keys and the nearest layout."""
     if not isinstance(row, Mapping):
         return f"the first row is {kind_of(row)}, not an object with named fields"
     keys = [str(key) for key in row]
     text = first_keys(row) + "; "
+    if options.format != "auto":
+        columns = ", ".join((options.fields or LAYOUT_COLUMNS[options.format]).values())
+        return (
+            text + f"--format {options.format} reads {columns}: leave --format out to have each row's layout detected, "
+            "or name the columns with --columns"
+        )
     prompt = next((key for word in _PROMPT_WORDS for key in keys if key.lower() == word), None)
     answer = next((key for word in _ANSWER_WORDS for key in keys if key.lower() == word), None)
     conversation = next((key for key in keys if isinstance(row[key], list) and row[key]), None)

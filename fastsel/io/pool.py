@@ -55,6 +55,7 @@ class Pool:
         reasons: row number -> why it is not ok, for the rows that are not.
         content_hash: uint8 [n, 16], read-only, see examples.content_hash; zeros for rows that are not ok.
         scores: float64 [n], read-only, NaN where there is none; None without a score column.
+        options: keyword arguments with which open_pool() reads a file of some of these rows in the same way.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Pool:
         ids: pa.ChunkedArray | None,
         sources: pa.ChunkedArray | None,
         scores: npt.NDArray[np.float64] | None,
+        options: Mapping[str, Any],
     ) -> None:
         """Use open_pool()."""
         self.name = name
@@ -83,6 +85,7 @@ class Pool:
         self.reasons = reasons
         self.content_hash = content_hash
         self.scores = scores
+        self.options = dict(options)
         self._source = source
         self._reader = reader
         self._ids = ids
@@ -258,12 +261,15 @@ def open_pool(
         raise InputError(f"{name} has no rows")
     _check_errors(name, index, max_error_rate)
     if not recognised:
-        problem = f"{ambiguous}; {first_keys(first_row)}" if ambiguous else unknown_layout(first_row)
+        problem = f"{ambiguous}; {first_keys(first_row)}" if ambiguous else unknown_layout(first_row, options)
         raise InputError(f"{name}: the layout is not known: {problem}")
-    return _pool(rows, name, reader, index, json.dumps([format, repr(options), score_column]))
+    words = {"format": format, "columns": columns, "tags": tags, "score_column": score_column}
+    return _pool(rows, name, reader, index, json.dumps([format, repr(options), score_column]), words)
 
 
-def _pool(source: Source, name: str, reader: RowReader, index: RowIndex, options: str) -> Pool:
+def _pool(
+    source: Source, name: str, reader: RowReader, index: RowIndex, options: str, words: Mapping[str, Any]
+) -> Pool:
     ids, sources = index.columns()
     status = _read_only(index.status, np.uint8)
     hashes = _read_only(index.hashes, np.uint8).reshape(-1, _HASH_BYTES)
@@ -282,6 +288,7 @@ def _pool(source: Source, name: str, reader: RowReader, index: RowIndex, options
         ids=ids,
         sources=sources,
         scores=scores,
+        options=words,
     )
 
 

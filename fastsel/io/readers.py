@@ -78,6 +78,9 @@ def _open_files(paths: list[Path], name: str) -> tuple[Source, str]:
                 f"{folder} is a folder, and not one made by datasets' save_to_disk: {_suggest_glob(folder)}"
             )
         return Tables([open_arrow_file(path) for path in saved_dataset_files(folder)]), name
+    for path in paths:
+        if path.name == "dataset_info.json":
+            raise InputError(f"{path} lists data sets and holds no rows: name one of them, as in {path}#NAME")
     kinds = {path: _kind(path) for path in paths}
     if len(set(kinds.values())) > 1:
         text = ", ".join(f"{path.name} ({kind})" for path, kind in list(kinds.items())[:4])

@@ -154,6 +154,8 @@ class TextFiles:
         content = files.blocks(files.decompressed(file, files.compression(path)), path)
         try:
             yield from self._split(content, 0, True)
+        except InputError:  # of the file below, which names itself
+            raise
         except ValueError as error:
             raise InputError(f"{path} {error}") from error
 

@@ -122,6 +122,7 @@ def test_json_is_one_object(capsys):
     [
         ({"kernel": "matmul"}, "there is no kernel 'matmul'; the kernels are:"),
         ({"device": "gpu0"}, "--device 'gpu0' is not a device"),
+        ({"slow": True}, "--slow adds cases to --check"),
     ],
 )
 def test_refuses_what_is_not_there(options, message):

@@ -78,7 +78,7 @@ def test_num_samples_is_said_to_be_ignored(tmp_path):
         ({"file_name": "rows.jsonl", "ranking": True}, "holds preferences"),
         ({"file_name": "rows.jsonl", "columns": {"images": "pictures"}}, "has images; fastsel scores text only"),
         ({"file_name": "rows.jsonl", "formatting": "mystery"}, "formatting 'mystery' is not known"),
-        ({"file_name": "gone.jsonl"}, r"gone\.jsonl: no such file"),
+        ({"file_name": "gone.jsonl"}, r"gone\.jsonl: no such file \(named by .*dataset_info\.json#mine\)"),
     ],
 )
 def test_refuses_entries_it_cannot_use(tmp_path, entry, message):
@@ -92,6 +92,11 @@ def test_refuses_missing_files_and_entries(tmp_path):
         open_pool(source.replace("mine", "mien"))
     with pytest.raises(InputError, match=r"no such file \(working directory"):
         open_pool(f"{tmp_path}/nowhere.json#mine")
+    with pytest.raises(InputError, match=r"lists data sets and holds no rows: name one of them, as in .*json#NAME"):
+        open_pool(source.partition("#")[0])
+    (tmp_path / "dataset_info.json").write_text('{"mine": 3}')
+    with pytest.raises(InputError, match="must hold one object a data set"):
+        read_entry(source)
     (tmp_path / "dataset_info.json").write_text("{")
     with pytest.raises(InputError, match="not JSON"):
         read_entry(source)

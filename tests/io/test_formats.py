@@ -223,6 +223,11 @@ def test_refuses_a_pool_of_unknown_layout(rows, message):
     assert message in str(refusal.value) and refusal.value.exit_code == 2
 
 
+def test_a_forced_format_that_no_row_has_is_said_to_be_the_reason():
+    with pytest.raises(InputError, match="--format sharegpt reads conversations: leave --format out"):
+        open_pool([{"instruction": "q", "output": "a"}], format="sharegpt")
+
+
 def test_refuses_a_long_pool_of_unknown_layout_early():
     rows = iter([{"question": "q"}] * 12_000)
 
