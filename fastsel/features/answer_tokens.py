@@ -25,9 +25,9 @@ REASONS = (
     "no answer token is left to score",
     "the chat template cannot render this conversation turn by turn",
     "nothing comes before the answer, so there is nothing to compare it with",
-    "the model's loss is not a number",
+    "the model's loss is not a finite number",
 )
-FITS, NO_ROOM, CUT, TOO_LONG, NO_ANSWER, UNFIT, NO_PROMPT, NOT_A_NUMBER = range(len(REASONS))
+FITS, NO_ROOM, CUT, TOO_LONG, NO_ANSWER, UNFIT, NO_PROMPT, NOT_FINITE = range(len(REASONS))
 # The row keeps a score; every other reason leaves it without one.
 WITH_SCORE = (FITS, CUT)
 

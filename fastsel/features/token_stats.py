@@ -22,7 +22,7 @@ from fastsel.features.answer_tokens import (
     CONDITIONED,
     DIRECT,
     FITS,
-    NOT_A_NUMBER,
+    NOT_FINITE,
     OVERFLOW,
     REASONS,
     TURNS,
@@ -262,8 +262,8 @@ def _score_shard(
             records[name][row_id - shard.start] = records[name][first.row_id - shard.start]
         if on_tokens is not None:
             on_tokens(first.size)
-    not_a_number = np.any([np.isnan(records[f"nll_{of_pass}"]) for of_pass in passes], axis=0)
-    records["why"][not_a_number] = NOT_A_NUMBER
+    not_finite = ~np.all([np.isfinite(records[f"nll_{of_pass}"]) for of_pass in passes], axis=0)
+    records["why"][not_finite] = NOT_FINITE
     return records
 
 

@@ -129,7 +129,6 @@ def test_special_token_strings_of_a_row_stay_text():
     assert released.sequences[0].ids.count(mark) == 2
 
 
-
 def test_a_guard_in_a_row_opens_no_door():
     """The character that guards a row's special tokens under a chat template is only a character elsewhere."""
     tokenizer = byte_tokenizer(start=True, bos_token="<s>")

@@ -202,18 +202,19 @@ def test_a_plan_has_equal_shards_and_leaves_no_row_out(pool, loaded, monkeypatch
     assert batches.plan_shards(unusable, tokenise) == [Shard(0, 1, 0)]
 
 
-def test_a_loss_that_is_not_a_number_is_no_score(loaded, monkeypatch):
+@pytest.mark.parametrize("loss", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_is_no_score(loaded, monkeypatch, loss):
     genuine = token_stats._sums
 
     def poisoned(batch, *rest):
         sums = genuine(batch, *rest)
-        sums[0] = np.nan
+        sums[0] = loss
         return sums
 
     monkeypatch.setattr(token_stats, "_sums", poisoned)
     losses = score(open_pool([{"instruction": "q", "output": "a"}, {"instruction": "q", "output": "long"}]), loaded)
     assert losses.has_score.tolist() == [False, True]
-    assert losses.reasons[0] == "the model's loss is not a number"
+    assert losses.reasons[0] == "the model's loss is not a finite number"
     assert np.isnan(losses.mean(DIRECT)[0])
 
 
