@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsel.errors import InputError
+from fastsel.errors import InputError, UsageError
 from fastsel.io import open_pool
 from fastsel.selection import STATUS, Selection, build_selection, choose
 
@@ -43,7 +43,7 @@ def scores(
         UsageError: keep is neither word, or a token budget (nothing counts tokens here).
     """
     if keep not in ("highest", "lowest"):
-        raise InputError(f"keep={keep!r} is not known; it is highest or lowest")
+        raise UsageError(f"keep={keep!r} is not known; it is highest or lowest")
     opened = open_pool(pool)
     if opened.scores is None:
         raise InputError(

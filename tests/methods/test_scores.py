@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fastsel
-from fastsel.errors import FastselError, InputError
+from fastsel.errors import FastselError, InputError, UsageError
 from fastsel.io import STATUS, open_pool
 
 SCORES = [0.2, 0.9, 1.4, 0.9, None, -0.5]
@@ -59,7 +59,7 @@ def test_refuses_a_pool_without_scores_and_an_unknown_end(pool):
     rows = [{"instruction": "a", "output": "b"}]
     with pytest.raises(InputError, match="carries no scores: name their column with --score-column"):
         fastsel.scores(rows)
-    with pytest.raises(FastselError, match="keep='top' is not known; it is highest or lowest"):
+    with pytest.raises(UsageError, match="keep='top' is not known; it is highest or lowest"):
         fastsel.scores(pool, keep="top")
     with pytest.raises(FastselError, match="counts tokens"):
         fastsel.scores(pool, budget="2ktok")
