@@ -351,9 +351,10 @@ def _quiet_transformers() -> Iterator[None]:
 def _tokenizer_text(tokenizer: Any) -> str:
     """What decides the tokens of a text, without the state that calls leave behind."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    roles = getattr(tokenizer, "special_tokens_map", {})  # which tokens open and end a text; the rules do not say
     if backend is None:
         vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
-        return json.dumps([type(tokenizer).__name__, vocabulary], sort_keys=True)
+        return json.dumps([type(tokenizer).__name__, vocabulary, roles], sort_keys=True, default=str)
     rules = json.loads(backend.to_str())
     rules["truncation"] = rules["padding"] = None
-    return json.dumps(rules, sort_keys=True)
+    return json.dumps([rules, roles], sort_keys=True, default=str)

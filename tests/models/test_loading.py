@@ -24,12 +24,12 @@ def tiny_model(**changes):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**(SIZES | changes)))
 
 
-def tiny_tokenizer(first_word="a"):
+def tiny_tokenizer(first_word="a", **special):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = Tokenizer(models.WordLevel({first_word: 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", **special)
 
 
 @pytest.fixture
@@ -91,8 +91,9 @@ def test_fingerprint_tells_one_weight_a_setting_and_a_word_apart():
         fingerprint(nudged, tiny_tokenizer()),
         fingerprint(tiny_model(rms_norm_eps=1e-5), tiny_tokenizer()),
         fingerprint(tiny_model(), tiny_tokenizer("c")),
+        fingerprint(tiny_model(), tiny_tokenizer(bos_token="b")),
     ]
-    assert len({original, *others}) == 4
+    assert len({original, *others}) == 5
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it here
