@@ -210,6 +210,9 @@ def unsupported(
         return f"takes float32, bfloat16 and float16; hidden is {str(hidden.dtype).removeprefix('torch.')}"
     if weight.shape[0] >= 2**31:
         return f"takes vocabularies below 2^31; weight has {weight.shape[0]} rows"
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        if x.stride(1) != 1 and x.shape[1] * x.stride(1) >= 2**31:
+            return f"counts elements along a row in 32 bits; {name} spreads {x.shape[1]} over {x.stride(1)} each"
     return no_device(hidden)
 
 

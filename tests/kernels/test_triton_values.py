@@ -54,6 +54,15 @@ def test_refuses_cpu_tensors_outside_the_interpreter(kernel):
     )
 
 
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
+def test_refuses_rows_that_spread_over_2_31_elements():
+    """A transposed matrix: the kernel multiplies feature numbers by their stride in 32 bits."""
+    hidden = torch.empty(4, 2**14, device="meta")
+    for n_words, reason in ((2**17, "weight spreads 16384 over 131072 each"), (2**17 - 16, "needs a CUDA")):
+        weight = torch.empty(2**14, n_words, device="meta").T
+        assert reason in stats_kernel.unsupported(hidden, weight, hidden[:, 0], None, None, 1.0, ("nll",))
+
+
 # ------------------------------------------------------------------------------------ in the interpreter's process
 
 
