@@ -153,6 +153,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(words: list[str], console: Console) -> int:
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:  # the manifest and the configuration could not hold it
+            raise UsageError(f"{os.fsencode(word)!r} is not UTF-8: rename that file or folder") from None
     command, rest = words[0], words[1:]
     logger.debug("fastsel %s: %s", __version__, shlex.join(["fastsel", *words]))
     if command in ("select", "score"):

@@ -107,6 +107,11 @@ def test_bad_usage_is_one_message_and_exit_code_2(words, message, pool, capsys):
     assert sorted(path.name for path in pool.iterdir()) == ["pool.jsonl"], "nothing is written before all is well"
 
 
+def test_words_that_no_file_could_record_are_bad_usage(pool, capsys):
+    code, _, err = run(capsys, "select", "length", "--pool", "pool.jsonl", "-o", os.fsdecode(b"caf\xe9"))
+    assert code == 2 and r"b'caf\xe9' is not UTF-8" in err and sorted(os.listdir(pool)) == ["pool.jsonl"]
+
+
 def test_verbose_shows_the_traceback_of_an_expected_error(pool, capsys):
     _, _, err = run(capsys, "select", "random", "-o", "o", "-v")
     assert "Traceback" in err and "UsageError" in err

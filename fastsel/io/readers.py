@@ -1,6 +1,7 @@
 """What the user names as a pool -> the object that reads it."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -71,6 +72,7 @@ def open_source(source: Any) -> tuple[Source, str]:
 
 
 def _open_files(paths: list[Path], name: str) -> tuple[Source, str]:
+    _check_names(paths)
     if len(paths) == 1 and paths[0].is_dir():
         folder = paths[0]
         if not any((folder / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
@@ -78,9 +80,6 @@ def _open_files(paths: list[Path], name: str) -> tuple[Source, str]:
                 f"{folder} is a folder, and not one made by datasets' save_to_disk: {_suggest_glob(folder)}"
             )
         return Tables([open_arrow_file(path) for path in saved_dataset_files(folder)]), name
-    for path in paths:
-        if path.name == "dataset_info.json":
-            raise InputError(f"{path} lists data sets and holds no rows: name one of them, as in {path}#NAME")
     kinds = {path: _kind(path) for path in paths}
     if len(set(kinds.values())) > 1:
         text = ", ".join(f"{path.name} ({kind})" for path, kind in list(kinds.items())[:4])
@@ -91,6 +90,20 @@ def _open_files(paths: list[Path], name: str) -> tuple[Source, str]:
     if kind == "Arrow":
         return Tables([open_arrow_file(path) for path in paths]), name
     return TextFiles(paths, split_array if kind == "JSON array" else split_lines), name
+
+
+def _check_names(paths: list[Path]) -> None:
+    for path in paths:
+        if not os.access(path, os.R_OK):
+            raise InputError(f"{path}: no permission to read it")
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{os.fsencode(path)!r}: the name is not UTF-8, and the manifest could not hold it: rename it"
+            ) from None
+        if path.name == "dataset_info.json":
+            raise InputError(f"{path} lists data sets and holds no rows: name one of them, as in {path}#NAME")
 
 
 def _suggest_glob(folder: Path) -> str:

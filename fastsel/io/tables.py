@@ -262,9 +262,21 @@ def saved_dataset_files(folder: Path) -> list[Path]:
     """
     splits = folder / "dataset_dict.json"
     if splits.is_file():
-        names = json.loads(splits.read_text())["splits"]
+        names = _listed(splits, "splits")
         if len(names) == 1:
             return saved_dataset_files(folder / names[0])
         raise InputError(f"{folder} holds the splits {', '.join(names)}: name one, such as {folder / names[0]}")
-    state = json.loads((folder / "state.json").read_text())
-    return [folder / entry["filename"] for entry in state["_data_files"]]
+    return [folder / entry["filename"] for entry in _listed(folder / "state.json", "_data_files")]
+
+
+def _listed(path: Path, key: str) -> list[Any]:
+    """What a file of save_to_disk lists under a key."""
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: not as datasets' save_to_disk writes it ({type(error).__name__}: {error}); save it again"
+        ) from error
+    if not isinstance(listed, list) or not listed:
+        raise InputError(f"{path}: lists no {key.strip('_').replace('_', ' ')}; save it again")
+    return listed

@@ -234,3 +234,13 @@ def test_refuses_tables_without_rows(tmp_path):
     for empty in (SCHEMA.empty_table(), []):
         with pytest.raises(InputError, match=r"has no rows|is an empty list"):
             open_pool(empty)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"_data_files": []}', '{"_data_files": null}'])
+def test_a_saved_data_set_that_is_damaged_is_refused(tmp_path, content):
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(InputError, match=r"state\.json: .*save it again"):
+        open_pool(tmp_path)
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["gone"]}')
+    with pytest.raises(InputError, match=r"gone/state\.json: .*save it again"):
+        open_pool(tmp_path)

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -259,3 +260,13 @@ def test_fingerprint_sees_every_byte(tmp_path):
     assert len(seen) == 8
     assert open_pool(write(tmp_path, GOOD + b"\r\n\r\n" + GOOD, "ends.jsonl")).fingerprint == original.fingerprint
     assert open_pool(write(tmp_path, GOOD + b"\n" + GOOD, "pool.jsonl.gz")).fingerprint == original.fingerprint
+
+
+def test_a_file_that_nobody_may_read_or_name_is_bad_input(tmp_path, monkeypatch):
+    path = write(tmp_path, row("a") + b"\n")
+    (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).write_bytes(path.read_bytes())
+    with pytest.raises(InputError, match="the name is not UTF-8"):
+        open_pool(f"{tmp_path}/caf*")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(InputError, match="no permission to read it"):
+        open_pool(path)
