@@ -7,3 +7,17 @@ compute(*inputs) computes. cases.py names the shapes that tests and benchmarks s
 
 Operations import _runtime and their own folder, never each other.
 """
+
+from importlib import import_module
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """An operation, imported when it is first named: `fastsel.kernels.<op>.<op>` needs no import of its own."""
+    if not name.startswith("_"):
+        try:
+            return import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":  # torch is missing, say
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -47,6 +47,15 @@ def test_unknown_names_are_attribute_errors():
         fastsel.lesss  # noqa: B018
 
 
+@pytest.mark.parametrize("operation", sorted(path.parent.name for path in (ROOT / "kernels").glob("*/api.py")))
+def test_operations_resolve_from_the_package_alone(operation, monkeypatch):
+    """fastsel.kernels.<op>.<op>(...) after `import fastsel`: other tests have imported the operation, so forget it."""
+    monkeypatch.delattr(fastsel.kernels, operation, raising=False)
+    assert callable(getattr(getattr(fastsel.kernels, operation), operation))
+    with pytest.raises(AttributeError, match="module 'fastsel.kernels' has no attribute 'lesss'"):
+        fastsel.kernels.lesss  # noqa: B018
+
+
 @pytest.mark.parametrize(
     "command", [["-c", "import fastsel"], ["-m", "fastsel", "--help"], ["-m", "fastsel", "select", "ifd", "--help"]]
 )
