@@ -55,7 +55,8 @@ def tree_attention(
         NotImplementedError: the implementation asked for cannot take these inputs; the message says why.
 
     Cost: 2 * h * (d + dv) flops for each pair (query, key it sees); reads are proportional to the same pairs by
-        blocks; no [t, t] array is made. Extra memory: O(block * longest path * h).
+        blocks; no [t, t] array is made. Extra memory: native: a packed copy of key and value; torch: the scores of one
+        block, 512 * longest path * h, and the keys of its path; triton: the lists of blocks and ranges.
     Source: Vaswani et al., "Attention Is All You Need", 2017, eq. 1; softcap: Gemma Team, "Gemma 2", 2024, section 2;
         trees of shared prefixes: Cai et al., "Medusa", 2024, section 2.1.2.
     """

@@ -152,6 +152,17 @@ def test_edges_large_scores_do_not_overflow(implementation):
     assert torch.equal(hardest[0], value[0].expand(2, -1))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_edges_capped_16_bit_logits_are_kept_in_float32(dtype):
+    """Logits up to 30: rounded to the dtype before the softmax they would make errors of 0.05."""
+    query, key, value, segments, *_ = make_inputs(CASES["softcap"], dtype, "cpu")
+    got = tree_attention(query, key, value, segments, softcap=30.0, scale=4.0, implementation="torch")
+    wide = tree_attention(
+        *in_float64((query, key, value)), segments, softcap=30.0, scale=4.0, implementation="reference"
+    )
+    assert (got.double() - wide).abs().max() <= 0.02
+
+
 @pytest.mark.parametrize("implementation", ALL)
 def test_edges_strided_inputs_are_read_in_place_and_left_alone(implementation):
     """As transformers lays them out: [h, t, d] seen as [t, h, d], and slices of one fused projection."""
