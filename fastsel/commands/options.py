@@ -200,7 +200,7 @@ _ROWS = (
            _text, "MODEL"),
     Option("template", MODEL, "auto, tokenizer, none, alpaca, wiz, vicuna, tulu, or a .jinja, .yaml or .json file",
            _text, "TEMPLATE"),
-    Option("max_length", MODEL, "longest row in tokens", _whole(1), "N"),
+    Option("max_length", MODEL, "longest row in tokens (the paper's when left out)", _whole(1), "N"),
     Option("overflow", MODEL, "a longer row: truncate, skip or error",
            _one_of("truncate", "skip", "error"), "WHAT"),
     Option("turns", MODEL, "answers of a multi-turn row that count: all or last", _one_of("all", "last"), "WHICH"),
