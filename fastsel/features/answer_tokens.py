@@ -97,10 +97,11 @@ class AnswerTokenizer:
         self._rules = {"shared": self._shared, "cherry": self._cherry, "superfiltering": self._superfiltering}
         self._start = [] if template.has_marks else _added_start(tokenizer)
         self._document_start = self._start or _document_start(tokenizer)
-        marks = sorted(
-            {str(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special}, key=len, reverse=True
-        )
-        self._marks = re.compile("(" + "|".join(map(re.escape, marks)) + ")") if marks else None
+        special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+        special.sort(key=lambda token: len(token.content), reverse=True)
+        # Some marks swallow the white space beside them (Phi-3's), which a piece must then hold.
+        marks = [r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in special]
+        self._marks = re.compile("(" + "|".join(marks) + ")") if marks else None
 
     def __call__(self, examples: Sequence[Example]) -> list[RowTokens]:
         """One RowTokens for each usable example, in order; skipped and unreadable rows are left out.

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from fastsel.errors import InputError
@@ -162,6 +162,19 @@ def test_marks_of_a_chat_template_are_tokens_and_those_of_a_row_are_not():
     assert passes(tokenizer, guarded)[CONDITIONED] == (
         "<|user|>a<|end|><|assistant|>b<|end|><|assistant|>|yes<|end|><|end|>"  # as text it reads the same
     )
+
+
+def test_marks_that_swallow_white_space_do_so_in_every_row():
+    """As Phi-3's: the line break after <|assistant|> belongs to the mark, also in a row that holds a mark's string."""
+    tokenizer = byte_tokenizer(marks=(), eos_token="<|end|>")
+    marks = [AddedToken("<|user|>", rstrip=True, special=True), AddedToken("<|assistant|>", rstrip=True, special=True)]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    tokenizer.chat_template = CHAT.replace("|>", "|>\n")
+    rows = [ROW, {**ROW, "instruction": "<|end|>"}]
+    plain, guarded = tokenise(rows, tokenizer, load_template("tokenizer", tokenizer))
+    assert passes(tokenizer, plain)[CONDITIONED] == "<|user|>ask<|end|>\\n<|assistant|>|yes<|end|>\\n"
+    assert passes(tokenizer, guarded)[CONDITIONED] == "<|user|><|end|><|end|>\\n<|assistant|>|yes<|end|>\\n"
+    assert passes(tokenizer, plain)[DIRECT] == passes(tokenizer, guarded)[DIRECT]
 
 
 def test_each_answer_of_a_conversation_follows_what_came_before():
