@@ -308,6 +308,17 @@ def spread(
     return Limits(names, codes, largest_remainder(total, weights), sizes)
 
 
+def read_budget(budget: Budget | str | int | float, pool: HasSources, per: str | Mapping[str, Any] | None) -> Budget:
+    """Budget.parse, for a method that counts tokens; what choosing would refuse is refused here, before hours of scoring.
+
+    Raises:
+        UsageError: see Budget.parse and spread.
+    """
+    budget = Budget.parse(budget)
+    spread(budget, pool, np.zeros(len(pool), np.int32), per)
+    return budget
+
+
 def choose(
     scores: NDArray[np.float64],
     eligible: NDArray[np.bool_],

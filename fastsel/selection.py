@@ -19,6 +19,7 @@ from fastsel.budget import (
     largest_remainder,
     random_scores,
     rank_rows,
+    read_budget,
     source_codes,
     spread,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "largest_remainder",
     "random_scores",
     "rank_rows",
+    "read_budget",
     "source_codes",
     "spread",
 ]

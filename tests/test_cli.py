@@ -311,6 +311,13 @@ def test_dry_run_reads_the_trial_as_the_pool_was_read(pool, capsys):
     assert code == 0 and "3 rows, 3 of them usable" in out
 
 
+def test_dry_run_refuses_what_the_run_would(pool, capsys):
+    code, _, err = select(capsys, "--dry-run", "--budget", "2Mtok")
+    assert code == 2 and "this method counts none" in err
+    code, _, err = select(capsys, "--dry-run", "--per", "source=typo:1")
+    assert code == 2 and "the pool has no source 'typo'" in err
+
+
 def test_names_of_sources_cannot_break_the_summary(tmp_path, capsys):
     rows = [{"instruction": "a", "output": "b", "source": name} for name in ("new\nline", "\x1b[31mred", "plain")]
     (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastsel.budget import Budget
+from fastsel.budget import Budget, spread
 from fastsel.commands.config import Config
 from fastsel.commands.run import announce_model, compute, open_configured_pool
 from fastsel.errors import InputError
@@ -85,6 +85,7 @@ def estimate(config: Config, *, progress: str = "auto") -> Estimate:
 
     Raises:
         InputError: no row of the pool is usable.
+        UsageError: the run would refuse its options.
     """
     from fastsel.io import STATUS, open_pool
 
@@ -111,6 +112,9 @@ def estimate(config: Config, *, progress: str = "auto") -> Estimate:
         feature_bytes = _bytes_under(Path(folder) / "features")
         trial_bytes = sum(path.stat().st_size for path in Path(folder).glob("trial*") if path.is_file())
         selection_bytes = _table_bytes(selection, Path(folder))
+    if config.command == "select":  # what the run would refuse after scoring
+        counted = None if selection.n_tokens is None else np.zeros(len(pool), np.int32)
+        spread(config.values["budget"], pool, counted, config.values["per"])
     scale = len(usable) / len(trial_rows)
     share = _share_kept(config, pool)
     tokens = None

@@ -17,7 +17,7 @@ from fastsel.features.token_stats import answer_losses, window_of
 from fastsel.io import open_pool
 from fastsel.io.templates import load_template
 from fastsel.models.loading import load_model
-from fastsel.selection import Budget, Selection, build_selection, choose
+from fastsel.selection import Budget, Selection, build_selection, choose, read_budget
 
 
 def perplexity(
@@ -55,7 +55,7 @@ def perplexity(
         InputError: the pool, the model or the store cannot be used.
     """
     pool = open_pool(pool)
-    budget = Budget.parse(budget)
+    budget = read_budget(budget, pool, per)
     loaded = load_model(model, device=device, dtype="float32" if official and dtype == "auto" else dtype)
     losses = answer_losses(
         pool,

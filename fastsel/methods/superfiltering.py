@@ -31,7 +31,7 @@ from fastsel.features.token_stats import answer_losses, window_of
 from fastsel.io import open_pool
 from fastsel.io.templates import load_template
 from fastsel.models.loading import load_model
-from fastsel.selection import Budget, Selection, build_selection, choose
+from fastsel.selection import Budget, Selection, build_selection, choose, read_budget
 
 ALPACA_ROWS = 52_002
 
@@ -73,7 +73,7 @@ def superfiltering(
         UsageError, InputError: an option has no such value; the pool, the model or the store cannot be used.
     """
     pool = open_pool(pool)
-    budget = Budget.parse(budget)
+    budget = read_budget(budget, pool, per)
     loaded = load_model(model, device=device, dtype="float32" if official and dtype == "auto" else dtype)
     losses = answer_losses(
         pool,

@@ -57,6 +57,16 @@ def test_conversation_is_scored_over_all_its_answers(bigram):
     assert last.indices.tolist() == [] and last.short_by == 1
 
 
+@pytest.mark.parametrize("method", [fastsel.ifd, fastsel.superfiltering, fastsel.perplexity])
+@pytest.mark.parametrize(
+    ("source", "per", "message"), [(None, "source", "names no sources"), ("web", "source=typo:1", "no source 'typo'")]
+)
+def test_quotas_that_the_pool_cannot_have_are_refused_before_a_model_is_loaded(method, source, per, message):
+    pool = [{"instruction": "q", "output": "a", "source": source}]
+    with pytest.raises(UsageError, match=message):
+        method(pool, model="no/such/model", per=per, **QUIET)
+
+
 def transcription(rows, model, tokenizer, max_length):
     """IFD written out: one row, one pass, one token at a time, in float64 from the logits on."""
     start = tokenizer("")["input_ids"]
