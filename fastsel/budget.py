@@ -309,7 +309,7 @@ def spread(
 
 
 def read_budget(budget: Budget | str | int | float, pool: HasSources, per: str | Mapping[str, Any] | None) -> Budget:
-    """Budget.parse, for a method that counts tokens; what choosing would refuse is refused here, before hours of scoring.
+    """Budget.parse, for a method that counts tokens; what choosing would refuse is refused before hours of scoring.
 
     Raises:
         UsageError: see Budget.parse and spread.

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastsel.io.annotate import KEY
 from fastsel.io.llama_factory import dataset_name
 from fastsel.summary import length_name, number, random_text, summarize
 
@@ -16,19 +17,21 @@ _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "
 _SOURCES_SHOWN = 40
 
 
-def dataset_card(selection: Selection, file_name: str, *, has_dataset_info: bool) -> str:
+def dataset_card(selection: Selection, file_name: str, *, has_dataset_info: bool, annotated: bool = False) -> str:
     """The card: what was chosen, from what and how, beside a random draw; no times, for equal runs give equal cards.
 
     Args:
         selection: the result.
         file_name: of the chosen rows.
         has_dataset_info: whether dataset_info.json lies beside it.
+        annotated: whether scores were put into the rows.
     """
     facts = summarize(selection)
     size = next((name for limit, name in _SIZES if facts["kept"] < limit), "10M<n<100M")
     model = f" with the model `{facts['model']['name']}`" if facts["model"] else ""
     official = " (official=True)" if facts["official"] else ""
     per = f" per `{facts['per']}`" if facts["per"] else ""
+    changed = f"with their scores under the key `{KEY}`" if annotated else "unchanged"
     random = facts["random_baseline"]
     counts = ", ".join(f"{count:,} {name}" for name, count in facts["counts"].items() if count)
     lines = [
@@ -45,7 +48,7 @@ def dataset_card(selection: Selection, file_name: str, *, has_dataset_info: bool
         f"# {facts['kept']:,} of {facts['pool']['rows']:,} rows of {_cell(facts['pool']['name'])}",
         "",
         f"Chosen by `{facts['method']}`{official}{model}, budget "
-        f"{facts['budget']}{per}. The rows are the pool's own, unchanged, and stay under the pool's licences.",
+        f"{facts['budget']}{per}. The rows are the pool's own, {changed}, and stay under the pool's licences.",
         "",
         "| | kept | random draw | pool |",
         "|---|---:|---:|---:|",
@@ -81,9 +84,11 @@ def dataset_card(selection: Selection, file_name: str, *, has_dataset_info: bool
     return "\n".join(lines) + "\n"
 
 
-def write_card(selection: Selection, path: Path, file_name: str, *, has_dataset_info: bool) -> None:
+def write_card(
+    selection: Selection, path: Path, file_name: str, *, has_dataset_info: bool, annotated: bool = False
+) -> None:
     """Write the card; see dataset_card()."""
-    text = dataset_card(selection, file_name, has_dataset_info=has_dataset_info)
+    text = dataset_card(selection, file_name, has_dataset_info=has_dataset_info, annotated=annotated)
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 

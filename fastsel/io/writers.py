@@ -100,7 +100,7 @@ def save_selection(
                 _write_rows(selection, chosen, aside, annotate)
             _write_arrays(selection, aside)
             export(selection, also, aside)
-            _write_texts(selection, aside, config_yaml)
+            _write_texts(selection, aside, config_yaml, annotate)
             if report:
                 from fastsel.report import write_report
 
@@ -168,7 +168,7 @@ def _write_arrays(selection: Selection, aside: Path) -> None:
             writer.write_table(pa.Table.from_batches([batch]))
 
 
-def _write_texts(selection: Selection, aside: Path, config_yaml: str | None) -> None:
+def _write_texts(selection: Selection, aside: Path, config_yaml: str | None, annotated: bool) -> None:
     import yaml
 
     if config_yaml is None:
@@ -182,7 +182,7 @@ def _write_texts(selection: Selection, aside: Path, config_yaml: str | None) -> 
     info = dataset_info(selection, file_name)
     if info is not None:
         _write_json(aside / "dataset_info.json", info)
-    write_card(selection, aside / "README.md", file_name, has_dataset_info=info is not None)
+    write_card(selection, aside / "README.md", file_name, has_dataset_info=info is not None, annotated=annotated)
 
 
 def _write_log(selection: Selection, path: Path) -> None:

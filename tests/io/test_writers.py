@@ -187,6 +187,9 @@ def test_annotate_adds_one_key_and_keeps_the_bytes_before_it(tmp_path):
             "loss": selection.scores[row] * 2,
         }
     assert second.count(b'"fastsel"') == 1 and json.loads(second)["t"] == "\ud800"
+    assert "with their scores under the key `fastsel`" in (folder / "README.md").read_text()
+    plain = selection.save(tmp_path / "plain") / "README.md"
+    assert "The rows are the pool's own, unchanged" in plain.read_text()
 
 
 def test_exports_hold_what_the_other_tools_read(bundled, tmp_path):
