@@ -16,6 +16,10 @@ COLUMNS = (
 )  # fmt: skip
 
 
+def _short(value: object) -> object:
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
 def latest_run() -> Path:
     """The newest file that --benchmark-autosave wrote."""
     files = sorted((HERE.parent / ".benchmarks").rglob("*.json"), key=lambda path: path.stat().st_mtime)
@@ -34,7 +38,7 @@ def rows(run: dict, first: int, note: str) -> list[dict]:
             continue
         for peer in info.pop("peers", [{}]):
             row = info | peer
-            text = [row.get("note", ""), *(f"{key} {row[key]:.4g}" for key in row if key not in COLUMNS), note]
+            text = [row.get("note", ""), *(f"{key} {_short(row[key])}" for key in row if key not in COLUMNS), note]
             row |= {
                 "row": first + len(found),
                 "date": run["datetime"][:16],
@@ -47,9 +51,7 @@ def rows(run: dict, first: int, note: str) -> list[dict]:
             if "peer_s" in row:
                 row["ratio"] = row["peer_s"] / ours
                 row["ratio_cpu"] = row["peer_cpu_s"] / row["our_cpu_s"]
-            found.append(
-                {key: f"{row[key]:.4g}" if isinstance(row[key], float) else row[key] for key in COLUMNS if key in row}
-            )
+            found.append({key: _short(row[key]) for key in COLUMNS if key in row})
     return found
 
 
