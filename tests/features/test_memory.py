@@ -40,6 +40,6 @@ def peak_bytes(tmp_path, n_rows):
 
 @pytest.mark.slow
 def test_growth_with_the_pool(tmp_path):
-    few, many = 2_000, 40_000
+    few, many = 10_803, 216_060  # a real pool, and twenty of it
     growth = peak_bytes(tmp_path, many) - peak_bytes(tmp_path, few)
     assert growth <= 100e6 + 200 * (many - few), f"{growth / (many - few):.0f} bytes a row"
