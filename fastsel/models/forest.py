@@ -97,6 +97,24 @@ def pack(sequences: Sequence[Sequence[int]], *, share_prefixes: bool = True) -> 
     )
 
 
+def filled_up(batch: PackedBatch, multiple: int) -> PackedBatch:
+    """The batch with tokens that nobody reads at its end, so that their number is a multiple; rows stay where they are.
+
+    The fillers are sequences of their own, none longer than the longest of the batch.
+    """
+    n_tokens = batch.segments.n_tokens
+    total = -(-n_tokens // multiple) * multiple
+    if total == n_tokens:
+        return batch
+    longest = int(batch.position_ids.max()) + 1
+    starts, parents = list(batch.segments.start_list), list(batch.segments.parent_list)
+    while starts[-1] < total:
+        starts.append(min(starts[-1] + longest, total))
+        parents.append(-1)
+    token_ids = torch.cat([batch.token_ids, batch.token_ids[:1].expand(total - n_tokens)])
+    return PackedBatch(token_ids, Segments(starts, parents), batch.last_segments)
+
+
 @dataclass
 class _Forest:
     token_ids: list[int]

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 
 from fastsel.errors import FastselWarning, InputError
 from fastsel.kernels.tree_attention import Segments, tree_attention
-from fastsel.models.forest import PackedBatch, pack
+from fastsel.models.forest import PackedBatch, filled_up, pack
 from fastsel.models.loading import LoadedModel
-from fastsel.models.prepacked import PrepackedLinears
+from fastsel.models.prepacked import ROWS_MULTIPLE, PrepackedLinears
 
 __all__ = ["HeadParameters", "PackedBatch", "PackedForward", "pack"]
 
@@ -159,6 +159,8 @@ class PackedForward:
         with torch.inference_mode():
             if self.path == "padded" or longest > self._same_rotation_until:
                 return self._padded(batch, rows)
+            if len(self._linears) and batch.segments.n_tokens:
+                batch = filled_up(batch, ROWS_MULTIPLE)
             return self._packed(batch, _Running(batch.segments, self.implementation))[rows.to(self.loaded.device)]
 
     @cached_property

@@ -3,7 +3,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from fastsel.models.forest import pack
+from fastsel.models.forest import filled_up, pack
 
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=30)
 
@@ -39,3 +39,17 @@ def test_refuses_empty_sequences_and_tokens_that_are_not_there():
     for start, stop in ((0, 4), (-1, 2)):
         with pytest.raises(IndexError, match=f"sequence 0 has no tokens {start}:{stop}"):
             batch.rows(0, start, stop)
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 5, 64])
+def test_filling_up_adds_tokens_that_nobody_reads(multiple):
+    batch = pack([[1, 2, 3, 4, 5], [1, 2, 3, 6], [7]])
+    full = filled_up(batch, multiple)
+    n, total = batch.segments.n_tokens, full.segments.n_tokens
+    assert total % multiple == 0 and total - n < multiple and len(full.token_ids) == total
+    assert full.token_ids[:n].equal(batch.token_ids) and full.position_ids[:n].equal(batch.position_ids)
+    assert int(full.position_ids.max()) == int(batch.position_ids.max()), "a filler is longer than the longest sequence"
+    for index, length in enumerate((5, 4, 1)):
+        assert full.rows(index, 0, length).equal(batch.rows(index, 0, length))
+        assert full.sequence(index).equal(batch.sequence(index))
+    assert all(parent == -1 for parent in full.segments.parent_list[len(batch.segments) :])
