@@ -20,11 +20,11 @@ IMPLEMENTATION_FILES = re.compile(r"(reference|torch_blocked|gpu_\w+|cpu_native)
 
 # Layer -> the layers that it may import besides itself. Read downwards: each line stands on lines below it.
 ARROWS = {
-    "top": ("methods", "features", "selectors", "metrics", "models", "executors", "shared", "kernels"),
-    "methods": ("features", "selectors", "metrics", "models", "shared"),
+    "top": ("methods", "features", "metrics", "selectors", "models", "executors", "shared", "kernels"),
+    "methods": ("features", "metrics", "selectors", "models", "shared"),
     "features": ("models", "shared", "kernels"),
+    "metrics": ("selectors", "shared", "kernels"),
     "selectors": ("shared", "kernels"),
-    "metrics": ("shared", "kernels"),
     "models": ("shared", "kernels"),
     "executors": ("shared",),
     "shared": (),
@@ -37,7 +37,7 @@ TOP = {"cli", "commands", "integrations", "__main__"}
 WITHOUT_TORCH = SHARED | TOP - {"integrations"} | {""}
 IMPORTED_WHERE_NEEDED = {
     "transformers", "tokenizers", "peft", "gguf", "datasets", "pandas", "polars", "bitsandbytes", "faiss", "ray",
-    "zstandard", "safetensors", "accelerate",
+    "zstandard", "safetensors", "accelerate", "sentence_transformers", "model2vec", "sklearn",
 }  # fmt: skip
 
 

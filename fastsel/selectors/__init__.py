@@ -1,5 +1,41 @@
-"""Arrays in, row numbers out: what methods and other tools build on."""
+"""Arrays in, row numbers out: what methods and other tools build on.
 
-from fastsel.selectors.top_k import top_k
+    indices, gains = fastsel.selectors.facility_location(embeddings, k=10_000)
 
-__all__ = ["top_k"]
+Names resolve when they are first used, so that choosing by ready scores needs no torch.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastsel.selectors.top_k import top_k
+
+_HOMES = {
+    "top_k": "fastsel.selectors.top_k",
+}
+__all__ = [
+    "top_k",
+]
+
+
+class _Selectors(ModuleType):
+    """The import system binds each submodule to its package by name; here that name is the function in it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, getattr(value, name) if name in _HOMES and isinstance(value, ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Selectors
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'fastsel.selectors' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -249,6 +249,24 @@ def complaints(code: MachineCode, architecture: str, *, matrix: bool = True, six
         yield f"matrix instructions: {', '.join(code.matrix)}, expected {MATRIX_OPCODE[architecture]}"
     if not code.wide_loads or code.narrow_loads:
         yield f"narrow loads: {code.narrow_loads}, of 16 bytes: {code.wide_loads}"
+
+
+def code_of(launch: Launch, architecture: str, **more_options: Any) -> MachineCode:
+    """The machine code of a launch."""
+    return machine_code(compile_launch(launch, architecture, **more_options), architecture)
+
+
+def assert_sound(launch: Launch, architecture: str, *, allowed: Sequence[str] = ()) -> MachineCode:
+    """The machine code of a launch, after checking it: no complaint but those that begin with an allowed text, and
+    products of the precision that the constant PRECISION names (a kernel without that constant holds none).
+    """
+    code = code_of(launch, architecture)
+    sixteen_bit = next(x for x in launch.arguments.values() if isinstance(x, torch.Tensor)).element_size() == 2
+    is_matrix = "PRECISION" in launch.constants
+    found = list(complaints(code, architecture, matrix=is_matrix, sixteen_bit=sixteen_bit))
+    assert [text for text in found if not text.startswith(tuple(allowed) or "\0")] == []
+    assert code.precisions == ({launch.constants["PRECISION"]} if is_matrix else set())
+    return code
 
 
 def programs_per_multiprocessor(code: MachineCode, architecture: str) -> int:

@@ -12,22 +12,19 @@ import triton.language as tl  # noqa: E402
 
 from fastsel.kernels._runtime import triton_predict, triton_proof  # noqa: E402
 from fastsel.kernels._runtime.triton_launch import INTERPRETED, Launch, Programs, compiler_options  # noqa: E402
+from fastsel.kernels._runtime.triton_proof import assert_sound, code_of  # noqa: E402
 from fastsel.kernels.linear_token_stats import gpu_triton as stats_kernel  # noqa: E402
 from fastsel.kernels.linear_token_stats.cases import ALL_OUTPUTS  # noqa: E402
 from fastsel.kernels.tree_attention import gpu_triton as tree_kernel  # noqa: E402
 from fastsel.kernels.tree_attention.segments import Segments  # noqa: E402
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing"),
+    pytest.mark.usefixtures("compiled_afresh"),
+]
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 SMOLLM2, LLAMA3_8B = (2048, 49_152, 576), (8192, 128_256, 4096)  # tokens, words, features
 ANSWERS = Segments([0, *range(2048, 2048 + 9 * 512, 512)], [-1] + [0] * 8)  # a prompt and eight answers
-
-
-@pytest.fixture(autouse=True)
-def compiled_afresh(tmp_path, monkeypatch):
-    """Nothing comes from an earlier run's cache, and the binaries hold no source paths."""
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "triton"))
-    monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")
 
 
 def meta(*shape, dtype):
@@ -47,21 +44,6 @@ def tree_launch(architecture, dtype, head, heads=(8, 4), segments=ANSWERS, windo
     query, key = (meta(segments.n_tokens, n, head, dtype=dtype) for n in heads)
     options = (window, softcap, head**-0.5)
     return tree_kernel.plan(query, key, key, segments, *options, architecture=architecture)[1][0]
-
-
-def code_of(launch, architecture, **more_options):
-    return triton_proof.machine_code(triton_proof.compile_launch(launch, architecture, **more_options), architecture)
-
-
-def assert_sound(launch, architecture, *, allowed=()):
-    """The machine code of a launch has no complaint but the allowed ones, and multiplies as its table says."""
-    code = code_of(launch, architecture)
-    sixteen_bit = next(x for x in launch.arguments.values() if isinstance(x, torch.Tensor)).element_size() == 2
-    is_matrix = "PRECISION" in launch.constants
-    found = list(triton_proof.complaints(code, architecture, matrix=is_matrix, sixteen_bit=sixteen_bit))
-    assert [text for text in found if not text.startswith(tuple(allowed) or "\0")] == []
-    assert code.precisions == ({launch.constants["PRECISION"]} if is_matrix else set())
-    return code
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])

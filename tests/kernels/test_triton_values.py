@@ -4,11 +4,6 @@ TRITON_INTERPRET is read when Triton is imported, so the checks (functions named
 their own, in which every address that a kernel touches must lie in one of the tensors of its launch.
 """
 
-import os
-import subprocess
-import sys
-
-import numpy as np
 import pytest
 import torch
 
@@ -35,14 +30,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize(
     "expression", [pytest.param("not slow", id="fast"), pytest.param("slow", marks=pytest.mark.slow, id="slow")]
 )
-def test_values_under_the_interpreter(expression, tmp_path):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "python_functions=check_*"]
-    # NumPy stands in for the device and warns where the device would silently make an infinity or NaN.
-    command += ["-W", "ignore::RuntimeWarning", "-m", expression, __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    child = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=3000)
-    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
-    assert " passed" in child.stdout
+def test_values_under_the_interpreter(expression, run_under_the_interpreter):
+    run_under_the_interpreter(__file__, expression)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
@@ -64,50 +53,6 @@ def test_refuses_rows_that_spread_over_2_31_elements():
 
 
 # ------------------------------------------------------------------------------------ in the interpreter's process
-
-
-class OutOfBoundsError(Exception):
-    """A kernel touched an address outside the tensors of its launch."""
-
-
-@pytest.fixture(autouse=True)
-def every_address_is_checked(monkeypatch):
-    """The interpreter reads and writes any address; here each must lie in a tensor of the launch."""
-    if not INTERPRETED:
-        return
-    builder = triton.runtime.interpreter.interpreter_builder
-    load, store = type(builder).create_masked_load, type(builder).create_masked_store
-    spans = []
-
-    def check(pointers, mask):
-        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
-        inside = np.zeros(addresses.shape, bool)
-        for first, end, size in spans:
-            inside |= (addresses >= first) & (addresses + size <= end)
-        if not inside.all():
-            raise OutOfBoundsError(f"{(~inside).sum()} of {inside.size} addresses")
-
-    def checked_load(pointers, mask, *rest):
-        check(pointers, mask)
-        return load(builder, pointers, mask, *rest)
-
-    def checked_store(pointers, value, mask, *rest):
-        check(pointers, mask)
-        return store(builder, pointers, value, mask, *rest)
-
-    plain_run = Launch.run
-
-    def run(launch):
-        spans[:] = [
-            (t.data_ptr(), t.untyped_storage().data_ptr() + t.untyped_storage().nbytes(), t.element_size())
-            for t in launch.arguments.values()
-            if isinstance(t, torch.Tensor)
-        ]
-        plain_run(launch)
-
-    monkeypatch.setattr(builder, "create_masked_load", checked_load, raising=False)
-    monkeypatch.setattr(builder, "create_masked_store", checked_store, raising=False)
-    monkeypatch.setattr(Launch, "run", run)
 
 
 @pytest.fixture
