@@ -1,0 +1,17 @@
+"""Candidates laid out once for many calls."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class PackedCandidates(NamedTuple):
+    """What pack_candidates made.
+
+    Attributes:
+        matrix: [n, d] the candidates as they were given; it must not change while this is in use.
+        panels: float32, the same numbers in the order in which the compiled code reads them, then n squared lengths.
+    """
+
+    matrix: torch.Tensor
+    panels: torch.Tensor
