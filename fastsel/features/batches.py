@@ -1,11 +1,12 @@
 """How a pool is cut up for a model: shards of rows, and in each shard batches of sequences, from token counts alone."""
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from fastsel.features.answer_tokens import AnswerTokenizer, RowTokens, ScoredSequence
+from fastsel.features.answer_tokens import RowTokens, ScoredSequence
+from fastsel.io.examples import Example
 
 if TYPE_CHECKING:
     from fastsel.io import Pool
@@ -23,7 +24,19 @@ class Shard(NamedTuple):
     tokens: int
 
 
-def plan_shards(pool: "Pool", tokenise: AnswerTokenizer) -> list[Shard]:
+class Sized(Protocol):
+    """A row whose tokens have been counted."""
+
+    @property
+    def row_id(self) -> int:
+        """Pool row number."""
+
+    @property
+    def size(self) -> int:
+        """Tokens that a model processes for it."""
+
+
+def plan_shards(pool: "Pool", tokenise: Callable[[Sequence[Example]], Sequence[Sized]]) -> list[Shard]:
     """Cut the pool into runs of rows with about equally many tokens."""
     sizes = np.zeros(len(pool), np.int64)
     for examples in pool.chunks(rows=ROWS_AT_ONCE):

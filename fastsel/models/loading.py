@@ -8,7 +8,7 @@ import contextlib
 import importlib.util
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 QUANTISED = {"8bit": "load_in_8bit", "4bit": "load_in_4bit"}
 # What a snapshot of a hub model brings: never a pickle, never code.
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
-HUB_SUBFOLDERS = ["*/*"]
+HUB_SUBFOLDERS = ("*/*",)
 # Config entries that differ between runs of the same model, or name how rather than what is computed.
 VOLATILE_CONFIG = ("_name_or_path", "_attn_implementation", "transformers_version", "quantization_config", "use_cache")
 
@@ -64,7 +64,7 @@ class LoadedModel:
             if isinstance(tensor, torch.Tensor):
                 digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
                 digest.update(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        digest.update(_tokenizer_text(self.tokenizer).encode())
+        digest.update(tokenizer_text(self.tokenizer).encode())
         return digest.hexdigest()
 
 
@@ -91,8 +91,8 @@ def load_model(
     """
     if dtype != "auto" and dtype not in DTYPES and dtype not in QUANTISED:
         raise UsageError(f"dtype={dtype!r} is not known; it is one of: auto, {', '.join([*DTYPES, *QUANTISED])}")
-    _require("transformers", "running a language model")
-    target = _device(device)
+    require("transformers", "running a language model")
+    target = resolve_device(device)
     if isinstance(model, tuple):
         return _from_pair(model)
     if isinstance(model, LoadedModel):
@@ -109,8 +109,8 @@ def load_model(
     else:
         path, name = Path(model), str(model)
         if not path.exists():
-            path, revision = _snapshot(name, offline)
-    with _quiet_transformers():
+            path, revision = hub_snapshot(name, offline)
+    with quiet_transformers():
         loaded, tokenizer = _from_path(path, name, target, dtype, offline)
     return _finished(loaded, tokenizer, name=name, revision=revision, note=note)
 
@@ -149,12 +149,18 @@ def _finished(model: Any, tokenizer: Any, *, name: str, revision: str | None, no
     )
 
 
-def _require(package: str, what: str) -> None:
+def require(package: str, what: str, extra: str = "models") -> None:
+    """Raises: MissingExtraError when the package is not installed."""
     if importlib.util.find_spec(package) is None:
-        raise MissingExtraError(what, package, "models")
+        raise MissingExtraError(what, package, extra)
 
 
-def _device(device: str) -> torch.device:
+def resolve_device(device: str) -> torch.device:
+    """The device of this name; "auto" is a GPU where there is one.
+
+    Raises:
+        UsageError: it is not there.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -178,8 +184,12 @@ def _bundled_file() -> Path:
     return files[0]
 
 
-def _snapshot(name: str, offline: bool) -> tuple[Path, str | None]:
-    """A hub id's files in the local cache, and their commit."""
+def hub_snapshot(name: str, offline: bool, *, without: Sequence[str] = HUB_SUBFOLDERS) -> tuple[Path, str | None]:
+    """A hub id's files in the local cache, and their commit; files that match `without` are not asked for.
+
+    Raises:
+        InputError: it is no hub id, or its files are neither in the cache nor to be had.
+    """
     if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(f"model {name}: there is no such file or folder")
     from huggingface_hub import snapshot_download
@@ -187,7 +197,7 @@ def _snapshot(name: str, offline: bool) -> tuple[Path, str | None]:
 
     try:
         folder = snapshot_download(
-            name, allow_patterns=HUB_FILES, ignore_patterns=HUB_SUBFOLDERS, local_files_only=offline
+            name, allow_patterns=HUB_FILES, ignore_patterns=list(without), local_files_only=offline
         )
     except HFValidationError as error:
         raise InputError(f"model {name} is neither a file, a folder nor a hub id ({error})") from error
@@ -217,7 +227,7 @@ def _from_path(path: Path, name: str, device: torch.device, dtype: str, offline:
                 + (f" and {len(gguf_files)} GGUF files; name one" if gguf_files else "")
             )
         return _from_folder(path, name, device, dtype, gguf_file=gguf_files[0].name)
-    _refuse_pickles(path, name, "*.safetensors", "model.save_pretrained(FOLDER)")
+    refuse_pickles(path, name, "*.safetensors", "model.save_pretrained(FOLDER)")
     return _from_folder(path, name, device, dtype)
 
 
@@ -230,7 +240,7 @@ def _from_folder(
     source["local_files_only"] = True
     options: dict[str, Any] = {"use_safetensors": True}
     if gguf_file is not None:
-        _require("gguf", "reading a GGUF model")
+        require("gguf", "reading a GGUF model")
         source["gguf_file"] = gguf_file
         options = {}
     if dtype in QUANTISED:
@@ -275,16 +285,16 @@ def _torch_dtype(dtype: str, device: torch.device, gguf_file: str | None) -> tor
 
 
 def _from_adapter(folder: Path, name: str, device: torch.device, dtype: str, offline: bool) -> tuple[Any, Any]:
-    _require("peft", "a peft adapter")
+    require("peft", "a peft adapter")
     from peft import PeftConfig, PeftModel
 
-    _refuse_pickles(folder, name, "adapter_model.safetensors", "peft_model.save_pretrained(FOLDER)")
+    refuse_pickles(folder, name, "adapter_model.safetensors", "peft_model.save_pretrained(FOLDER)")
     config = PeftConfig.from_pretrained(str(folder))
     _refuse_prompt_learning(config, name)
     base_name = str(config.base_model_name_or_path)
     base_path = Path(base_name)
     if not base_path.exists():
-        base_path, _ = _snapshot(base_name, offline)
+        base_path, _ = hub_snapshot(base_name, offline)
     base, tokenizer = _from_path(base_path, base_name, device, dtype, offline)
     if (folder / "tokenizer_config.json").exists():
         from transformers import AutoTokenizer
@@ -306,7 +316,8 @@ def _refuse_prompt_learning(config: Any, name: str) -> None:
         )
 
 
-def _refuse_pickles(folder: Path, name: str, pattern: str, conversion: str) -> None:
+def refuse_pickles(folder: Path, name: str, pattern: str, conversion: str) -> None:
+    """Raises: InputError when the folder has no file of this pattern."""
     if any(folder.glob(pattern)):
         return
     pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
@@ -319,7 +330,7 @@ def _refuse_pickles(folder: Path, name: str, pattern: str, conversion: str) -> N
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no advice while a model is loaded; what matters is raised or warned by us."""
     from transformers import modeling_gguf_pytorch_utils as gguf_loading
     from transformers.utils import logging
@@ -348,7 +359,7 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _tokenizer_text(tokenizer: Any) -> str:
+def tokenizer_text(tokenizer: Any) -> str:
     """What decides the tokens of a text, without the state that calls leave behind."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     roles = getattr(tokenizer, "special_tokens_map", {})  # which tokens open and end a text; the rules do not say
