@@ -1,0 +1,74 @@
+"""topk_similarity in plain torch, one tile of similarities at a time: any device, bounded memory.
+
+Each query carries its best similarities so far, ordered, and the least similarity. Of a tile only the entries that
+beat a query's worst kept one are taken out: after a few tiles that is almost none, so that a tile costs its
+matrix product and one comparison (a partial sort of every tile costs as much again as the product). For distances
+the tile holds q . p - |p|^2 / 2, which has the same order. 16-bit inputs are widened tile by tile.
+"""
+
+import torch
+
+from fastsel.kernels.topk_similarity.contenders import common_centre, decide, number_kept
+
+TILE_ROWS = {"cpu": 256}
+TILE_POINTS = {"cpu": 2048}
+DEVICE_TILE_ROWS, DEVICE_TILE_POINTS = 4096, 16384  # other devices: large enough to keep them busy, 256 MB
+
+
+def unsupported(*inputs: object) -> str | None:
+    """It takes everything."""
+    return None
+
+
+def compute(
+    queries: torch.Tensor, points: torch.Tensor, k: int, metric: str, exclude: torch.Tensor | None, minimum: bool
+) -> dict[str, torch.Tensor | None]:
+    """See api.topk_similarity."""
+    dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    kept = min(number_kept(k, exclude), len(points))
+    contenders = torch.empty(len(queries), kept, dtype=torch.int64, device=queries.device)
+    lowest = torch.empty(len(queries), dtype=dtype, device=queries.device)
+    centre = common_centre(points) if metric == "sqeuclidean" else None
+    step = TILE_ROWS.get(queries.device.type, DEVICE_TILE_ROWS)
+    for start in range(0, len(queries), step):
+        rows = slice(start, start + step)
+        contenders[rows], lowest[rows] = _scan(queries[rows].to(dtype), points, kept, centre)
+    values, indices = decide(queries, points, contenders, k, metric, exclude)
+    return {"values": values, "indices": indices, "minimum": lowest if minimum else None}
+
+
+def _scan(
+    queries: torch.Tensor, points: torch.Tensor, kept: int, centre: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Contenders [b, kept], and the minimum [b] of the contract; a centre means squared distances."""
+    device, dtype, b = queries.device, queries.dtype, len(queries)
+    best = torch.full((b, kept), -torch.inf, dtype=dtype, device=device)
+    found = torch.full((b, kept), -1, dtype=torch.int64, device=device)
+    lowest = torch.full((b,), torch.inf, dtype=dtype, device=device)
+    if centre is not None:
+        queries = queries - centre
+    step = TILE_POINTS.get(device.type, DEVICE_TILE_POINTS)
+    for start in range(0, len(points), step):
+        tile_points = points[start : start + step].to(dtype)
+        if centre is not None:
+            tile_points = tile_points - centre
+        similarity = queries @ tile_points.T
+        if centre is not None:
+            similarity -= tile_points.square().sum(1) / 2
+        lowest = torch.fmin(lowest, torch.where(similarity.isnan(), torch.inf, similarity).amin(1))
+        # NaN beats nothing; an equal similarity comes later, so it does not beat the one that is kept.
+        row, column = (similarity > best[:, -1:]).nonzero(as_tuple=True)
+        if len(row) == 0:
+            continue
+        counts = row.bincount(minlength=b)
+        slot = torch.arange(len(row), device=device) - (counts.cumsum(0) - counts)[row]
+        more = torch.full((b, int(counts.max())), -torch.inf, dtype=dtype, device=device)
+        more_found = torch.full_like(more, -1, dtype=torch.int64)
+        more[row, slot], more_found[row, slot] = similarity[row, column], column + start
+        # Kept ones stand first and points ascend, so a stable sort leaves the lowest point first among equals.
+        best, order = torch.cat([best, more], 1).sort(dim=1, descending=True, stable=True)
+        best, found = best[:, :kept], torch.cat([found, more_found], 1).gather(1, order[:, :kept])
+    if centre is not None:  # +inf where no similarity was a number
+        furthest = (queries.square().sum(1) - 2 * lowest).clamp(min=0)
+        lowest = torch.where(lowest < torch.inf, furthest, -torch.inf)
+    return found, lowest
