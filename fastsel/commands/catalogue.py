@@ -26,6 +26,9 @@ class Method:
         defaults: the options the function takes beside the pool and `budget`, with their defaults.
         ratio_above_one_is_dropped: for ready-made scores of this kind, rows above 1 are not eligible.
         largest: True when a high score is kept.
+        ready_scores: what --score-column does: "instead" (the column replaces what the method computes), "beside" (the
+            method reads it) or "none".
+        in_turn: rows are chosen one after another, so that another budget means choosing anew (from kept vectors).
     """
 
     name: str
@@ -38,6 +41,8 @@ class Method:
     defaults: dict[str, Any] = field(default_factory=dict)
     ratio_above_one_is_dropped: bool = False
     largest: bool = True
+    ready_scores: str = "instead"
+    in_turn: bool = False
     status: str = "available"
 
     def load(self) -> Any:
@@ -52,6 +57,16 @@ _MODEL: dict[str, Any] = {
     "overflow": "truncate",
     "turns": "all",
     "official": False,
+    "device": "auto",
+    "dtype": "auto",
+    "implementation": "auto",
+    "batch_tokens": None,
+}
+_EMBED: dict[str, Any] = {
+    "encoder": "bundled",
+    "text": "instruction",
+    "pooling": "auto",
+    "max_length": None,
     "device": "auto",
     "dtype": "auto",
     "implementation": "auto",
@@ -100,6 +115,7 @@ _ROWS = (
         diversity="none (--per source for quotas)",
         quality="longest answer",
         defaults=dict(_CHOICE),
+        ready_scores="none",
     ),
     Method(
         name="random",
@@ -110,6 +126,7 @@ _ROWS = (
         diversity="by chance",
         quality="none",
         defaults=dict(_CHOICE),
+        ready_scores="none",
     ),
     Method(
         name="scores",
@@ -120,6 +137,7 @@ _ROWS = (
         diversity="none (--per source for quotas)",
         quality="highest score (--keep lowest turns it round)",
         defaults={"keep": "highest", "drop_above": None, **_CHOICE},
+        ready_scores="beside",
     ),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ROWS}

@@ -69,7 +69,7 @@ def options_of(command: str, method: Method) -> dict[str, Any]:
             defaults[name] = option.default
         elif name in method.defaults:
             defaults[name] = method.defaults[name]
-    if method.name in ("random", "length"):
+    if method.ready_scores == "none":
         del defaults["score_column"]
     if command == "score":
         for name in _CHOOSING:
@@ -125,10 +125,10 @@ def resolve(
     for name in raw:
         if name not in values:
             raise UsageError(_does_not_apply(name, given[name], command, row))
-    if row.name != "scores" and raw.get("score_column") is not None:
+    if row.ready_scores == "instead" and raw.get("score_column") is not None:
         _refuse_with_ready_scores(row, given)
     values |= {name: read_value(name, value, given[name]) for name, value in raw.items()}
-    if row.name != "scores" and values.get("score_column") is not None:
+    if row.ready_scores == "instead" and values.get("score_column") is not None:
         values = {name: value for name, value in values.items() if OPTIONS[name].group not in (MODEL, MACHINE)}
     return Config(command, row, values, given)
 

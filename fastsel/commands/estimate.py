@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastsel.budget import Budget, spread
 from fastsel.commands.config import Config
@@ -104,10 +105,11 @@ def estimate(config: Config, *, progress: str = "auto") -> Estimate:
             few = open_pool(
                 pool.write_rows(trial_rows[:_WARM_UP_ROWS], Path(folder) / "few"), **pool.options, progress="none"
             )
-            _try(config, few, loaded, None, "none")
+            _try(config, few, loaded, None, None, "none")
         trial = open_pool(pool.write_rows(trial_rows, Path(folder) / "trial"), **pool.options, progress="none")
         started = time.perf_counter()
-        selection = _try(config, trial, loaded, Path(folder) / "features", progress)
+        matrix = _rows_of_matrix(config, trial_rows)
+        selection = _try(config, trial, loaded, matrix, Path(folder) / "features", progress)
         trial_seconds = time.perf_counter() - started
         feature_bytes = _bytes_under(Path(folder) / "features")
         trial_bytes = sum(path.stat().st_size for path in Path(folder).glob("trial*") if path.is_file())
@@ -138,18 +140,39 @@ def estimate(config: Config, *, progress: str = "auto") -> Estimate:
 
 
 def _load(config: Config) -> Any:
-    if config.values.get("model") is None:
+    values = config.values
+    if values.get("encoder") is not None and not values["encoder"].endswith(".npy"):
+        from fastsel.models.encoders import load_encoder
+
+        names = ("encoder", "pooling", "max_length", "device", "dtype", "implementation")
+        return load_encoder(**{name: values[name] for name in names})
+    if values.get("encoder") is not None or values.get("model") is None:
         return None
     from fastsel.models.loading import load_model
 
-    values = config.values
     return load_model(values["model"], device=values["device"], dtype=values["dtype"])
 
 
-def _try(config: Config, trial: "Pool", loaded: Any, store: Path | None, progress: str) -> "Selection":
-    values = dict(config.values) if loaded is None else {**config.values, "model": loaded}
+def _try(config: Config, trial: "Pool", loaded: Any, matrix: Any, store: Path | None, progress: str) -> "Selection":
+    values = dict(config.values)
+    if loaded is not None:
+        values["model" if values.get("encoder") is None else "encoder"] = loaded
+    elif matrix is not None:
+        values["encoder"] = matrix
     whole = Config(config.command, config.method, {**values, "budget": "1.0", "per": None}, config.given)
     return compute(whole, trial, store=store, progress=progress)
+
+
+def _rows_of_matrix(config: Config, rows: NDArray[np.int64]) -> NDArray[Any] | None:
+    """The trial's rows of a matrix of the user's, if there is one; its own checks see the rest in the run."""
+    path = config.values.get("encoder")
+    if path is None or not path.endswith(".npy"):
+        return None
+    try:
+        matrix: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.array(matrix[rows])
+    except (OSError, ValueError, IndexError) as error:
+        raise InputError(f"embeddings {path} cannot be read: {error}") from error
 
 
 def _share_kept(config: Config, pool: "Pool") -> float:
@@ -172,7 +195,7 @@ def _bytes_under(folder: Path) -> int:
 
 
 def _device_memory(loaded: Any) -> int | None:
-    if loaded is None or loaded.device.type != "cuda":
+    if loaded is None or not str(loaded.device).startswith("cuda"):
         return None
     import torch
 

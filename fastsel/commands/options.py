@@ -87,6 +87,10 @@ def _number(raw: Any) -> float:
         raise ValueError("wants a number") from None
 
 
+def _number_or_none(raw: Any) -> float | str:
+    return "none" if raw == "none" else _number(raw)
+
+
 def _one_of(*choices: str) -> Reader:
     def read(raw: Any) -> str:
         if raw not in choices:
@@ -160,6 +164,8 @@ def _format(raw: Any) -> str:
 
 FORMATS = "messages, prompt_completion, alpaca, sharegpt, tulu, mig, oda, text"
 ALSO = ("oda", "dataflex", "instructlab", "less")
+SIMILARITIES = ("cosine", "dot", "rbf", "exp_distance")
+METRICS = ("euclidean", "cosine")
 IMPLEMENTATIONS = ("auto", "triton", "native", "torch", "reference")
 
 POOL, CHOICE, MODEL, MACHINE, OUTPUT = "pool", "choice", "model", "machine", "output"
@@ -195,9 +201,30 @@ _ROWS = (
            _per, "QUOTA"),
     Option("keep", CHOICE, "highest or lowest scores", _one_of("highest", "lowest"), "WHICH"),
     Option("drop_above", CHOICE, "rows with a higher score are not eligible (1 for IFD)", _number, "SCORE"),
+    Option("similarity", CHOICE, "of two rows: " + ", ".join(SIMILARITIES), _one_of(*SIMILARITIES), "NAME"),
+    Option("gamma", CHOICE, "of rbf (exp(-gamma d^2)) and exp_distance (exp(-gamma d))", _number, "X"),
+    Option("floor", CHOICE, "similarities below it count as it; none keeps negative ones", _number_or_none, "X"),
+    Option("metric", CHOICE, "of the distance: " + ", ".join(METRICS), _one_of(*METRICS), "NAME"),
+    Option("clusters", CHOICE, "number of clusters (a tenth of the budget's rows when left out)", _whole(1), "N"),
+    Option("pick", CHOICE, "rows of a cluster: random, or nearest to or farthest from its centre",
+           _one_of("random", "nearest", "farthest"), "WHICH"),
+    Option("shares", CHOICE, "rows a cluster gives: equal, or proportional to its size",
+           _one_of("equal", "proportional"), "HOW"),
+    Option("threshold", CHOICE, "a row is dropped when its cosine to a kept row is above this", _number, "COSINE"),
+    Option("rank_by", CHOICE, "order in which rows are looked at: auto (the score column, or as they stand), score, "
+           "pool or random", _one_of("auto", "score", "pool", "random"), "WHAT"),
+    Option("quality", CHOICE, "score (the score column), perplexity, or reward (a reward model)",
+           _one_of("score", "perplexity", "reward"), "WHAT"),
+    Option("alpha", CHOICE, "weight of quality, from 0 (diversity only) to 1", _share, "SHARE"),
+    Option("scale", CHOICE, "of diversity and quality before they are added: raw, mean, minmax or zscore",
+           _one_of("raw", "mean", "minmax", "zscore"), "HOW"),
     Option("seed", CHOICE, "for what is drawn at random", _whole(0), "N", default=0),
     Option("model", MODEL, "bundled, a Hugging Face id, a folder, a .gguf file, or a peft adapter folder",
            _text, "MODEL"),
+    Option("encoder", MODEL, "bundled, a sentence-transformers or model2vec id or folder, lm:MODEL, or a .npy matrix",
+           _text, "ENCODER"),
+    Option("text", MODEL, "what is embedded: instruction, answer, conversation or template:NAME", _text, "WHICH"),
+    Option("pooling", MODEL, "auto, mean, last or cls", _one_of("auto", "mean", "last", "cls"), "HOW"),
     Option("template", MODEL, "auto, tokenizer, none, alpaca, wiz, vicuna, tulu, or a .jinja, .yaml or .json file",
            _text, "TEMPLATE"),
     Option("max_length", MODEL, "longest row in tokens (the paper's when left out)", _whole(1), "N"),

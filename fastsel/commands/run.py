@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastsel import __version__
 from fastsel.commands.config import Config, resolve
-from fastsel.commands.options import OPTIONS, OUTPUT
+from fastsel.commands.options import CHOICE, OPTIONS, OUTPUT
 from fastsel.commands.runs import RunFolder, sha256_of
 from fastsel.errors import InputError, UsageError
 from fastsel.progress import format_seconds
@@ -136,7 +136,12 @@ def run(
         else:
             if folder.state == "unfinished":
                 logger.info("%s: going on with the unfinished run", folder.path)
-            selection = _choose_again(from_run, config, pool) if from_run else _compute(config, pool, folder, progress)
+            if from_run is None:
+                selection = _compute(config, pool, folder, progress)
+            elif config.method.in_turn:
+                selection = _choose_anew(Path(from_run), config, pool, progress)
+            else:
+                selection = _choose_again(from_run, config, pool)
             _save(selection, config, folder, argv)
             folder.finish()
         seconds = time.perf_counter() - started
@@ -176,9 +181,10 @@ def open_configured_pool(config: Config, progress: str) -> "Pool":
 
 def announce_model(config: Config) -> None:
     """Say which model will run, and that nobody named it; loading it takes a while."""
-    if config.values.get("model") is not None:
-        named = "" if "model" in config.given else " (none was named; --model names another)"
-        logger.info("model: %s%s", config.values["model"], named)
+    for name in ("model", "encoder"):
+        if config.values.get(name) is not None:
+            named = "" if name in config.given else f" (none was named; --{name} names another)"
+            logger.info("%s: %s%s", name, config.values[name], named)
 
 
 def compute(config: Config, pool: "Pool", *, store: Path | None, progress: str) -> "Selection":
@@ -197,13 +203,13 @@ def compute(config: Config, pool: "Pool", *, store: Path | None, progress: str) 
     else:
         options |= {"budget": 1.0}  # choosing is undone below; all rows are scored whatever the budget
         options.pop("per", None)
-    if method.name != "scores" and config.values.get("score_column") is not None:
+    if method.ready_scores == "instead" and config.values.get("score_column") is not None:
         from fastsel.methods.scores import scores
 
         options["keep"] = "highest" if method.largest else "lowest"
         options["drop_above"] = 1.0 if method.ratio_above_one_is_dropped else None
         return dataclasses.replace(scores(pool, **options), method=method.name)
-    if "model" in method.defaults:
+    if "model" in method.defaults or "encoder" in method.defaults:
         options |= {"store": store, "progress": progress}
     function = method.load()
     selection: Selection = function(pool, **options)
@@ -239,6 +245,7 @@ def resolve_again(
     before = resolve("select", None, {}, None, str(recorded), only_known=True)
     for name, value in config.values.items():
         free = OPTIONS[name].group == OUTPUT or name in ("budget", "per", "seed", "pool")
+        free |= config.method.in_turn and OPTIONS[name].group == CHOICE
         if name == "seed" and config.method.name == "random":
             free = False  # its scores are the draw itself
         if not free and value != before.values.get(name):
@@ -256,6 +263,15 @@ def _choose_again(from_run: str, config: Config, pool: "Pool") -> "Selection":
     logger.info("scores: those of %s; no model runs", from_run)
     again = before.choose_again(config.values["budget"], per=config.values["per"])
     return dataclasses.replace(again, seed=config.values["seed"])
+
+
+def _choose_anew(from_run: Path, config: Config, pool: "Pool", progress: str) -> "Selection":
+    """Another greedy run over the vectors that the run kept."""
+    kept = from_run / "features"
+    if not str(config.values.get("encoder")).endswith(".npy") and not any(kept.rglob("*.npy")):
+        raise InputError(f"{from_run} kept no vectors to choose from again; leave --from out")
+    logger.info("vectors: those of %s; no model runs", from_run)
+    return compute(config, pool, store=kept, progress=progress)
 
 
 def _compute(config: Config, pool: "Pool", folder: RunFolder, progress: str) -> "Selection":

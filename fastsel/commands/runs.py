@@ -149,7 +149,7 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self.state == "new" and not any(self.features.glob("*.npy")):
+        if error is not None and self.state == "new" and not any(self.features.rglob("*.npy")):
             # Nothing was computed, so a corrected command must not be refused as another request.
             shutil.rmtree(self.features, ignore_errors=True)
             (self.path / "state" / "request.json").unlink(missing_ok=True)
