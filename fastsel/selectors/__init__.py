@@ -11,12 +11,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastsel.selectors.k_center import k_center
     from fastsel.selectors.top_k import top_k
 
 _HOMES = {
+    "k_center": "fastsel.selectors.k_center",
     "top_k": "fastsel.selectors.top_k",
 }
 __all__ = [
+    "k_center",
     "top_k",
 ]
 

@@ -1,0 +1,187 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""Squared distance of each point to its nearest of a block of centres, on a GPU; no distance leaves the registers.
+
+Who owns what: a program owns BLOCK_N points x all centres; it walks the centres tile by tile and keeps one minimum a
+    point. It also says which of its points is farthest. No atomics: a point's bits depend on it and the centres alone.
+Reads: points once from memory, and b / BLOCK_B times from the second-level cache where there are more centres than one
+    tile holds; centres n / BLOCK_N times from that cache. Writes: 4 bytes a point, 8 bytes for FARTHEST_BLOCK points.
+Accumulator: float32. float32 products: three TF32 products ("tf32x3") on NVIDIA, true float32 on AMD.
+Limits: float32, bfloat16, float16; any strides, but rows that are no multiple of 16 elements are read narrowly.
+    A tile with fewer centres than BLOCK_B multiplies padding: with few new centres the read of the points is the time.
+
+Ladder, predicted for one H100 from the compiled kernel, n = 1,000,000, d = 1,024, bfloat16 (no GPU has run this file):
+    see docs/measured.md, "k-center"
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastsel.kernels._runtime.devices import triton_architecture
+from fastsel.kernels._runtime.triton_blocks import tile_product
+from fastsel.kernels._runtime.triton_launch import Launch, Programs, Work, no_device
+from fastsel.kernels.k_center.api import FARTHEST_BLOCK
+
+FEW_CENTRES = 64  # up to here one narrow tile holds all centres
+# (architecture, bytes of an element, variant): BLOCK_N, BLOCK_B, BLOCK_D, num_warps, num_stages, float32 products
+# BLOCK_N is FARTHEST_BLOCK: a program names the farthest of its points. "few": at most FEW_CENTRES centres; "many";
+# "unaligned": rows are no multiple of 16 elements.
+LAUNCH_TABLE = {
+    ("sm_80", 2, "few"): (128, 64, 64, 4, 3, "ieee"),
+    ("sm_80", 2, "many"): (128, 128, 64, 8, 3, "ieee"),
+    ("sm_80", 2, "unaligned"): (128, 64, 32, 4, 2, "ieee"),
+    ("sm_80", 4, "few"): (128, 32, 32, 4, 3, "tf32x3"),
+    ("sm_80", 4, "many"): (128, 32, 32, 4, 3, "tf32x3"),
+    ("sm_80", 4, "unaligned"): (128, 32, 32, 4, 2, "tf32x3"),
+    ("sm_90", 2, "few"): (128, 64, 64, 4, 4, "ieee"),
+    ("sm_90", 2, "many"): (128, 256, 64, 8, 3, "ieee"),
+    ("sm_90", 2, "unaligned"): (128, 64, 32, 4, 2, "ieee"),
+    ("sm_90", 4, "few"): (128, 64, 32, 8, 3, "tf32x3"),
+    ("sm_90", 4, "many"): (128, 64, 32, 8, 3, "tf32x3"),
+    ("sm_90", 4, "unaligned"): (128, 64, 32, 4, 2, "tf32x3"),
+    ("sm_100", 2, "few"): (128, 64, 64, 4, 4, "ieee"),
+    ("sm_100", 2, "many"): (128, 256, 64, 8, 3, "ieee"),
+    ("sm_100", 2, "unaligned"): (128, 64, 32, 4, 2, "ieee"),
+    ("sm_100", 4, "few"): (128, 64, 32, 4, 3, "tf32x3"),
+    ("sm_100", 4, "many"): (128, 128, 32, 8, 3, "tf32x3"),
+    ("sm_100", 4, "unaligned"): (128, 64, 32, 4, 2, "tf32x3"),
+    ("gfx942", 2, "few"): (128, 64, 64, 4, 2, "ieee"),
+    ("gfx942", 2, "many"): (128, 128, 64, 8, 2, "ieee"),
+    ("gfx942", 2, "unaligned"): (128, 64, 32, 4, 2, "ieee"),
+    ("gfx942", 4, "few"): (128, 64, 32, 4, 2, "ieee"),
+    ("gfx942", 4, "many"): (128, 128, 32, 8, 2, "ieee"),
+    ("gfx942", 4, "unaligned"): (128, 64, 32, 4, 2, "ieee"),
+}
+
+
+@triton.jit
+def nearest_kernel(
+    points_ptr, centres_ptr, nearest_ptr, rows_ptr, point_sqnorms_ptr, centre_sqnorms_ptr, out_ptr, farthest_ptr,
+    M, B, D, stride_points_n, stride_points_d, stride_centres_b, stride_centres_d,
+    BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """This program finds the nearest centre's squared distance for BLOCK_N points, and which of them is farthest."""
+    block = tl.program_id(0).to(tl.int64)
+    at = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Points and centres past the end read the last one again: the inner loop then needs no mask for them.
+    safe_at = tl.minimum(at, M - 1)
+    if rows_ptr is not None:
+        point = tl.load(rows_ptr + safe_at)
+    else:
+        point = safe_at
+    in_d = tl.arange(0, BLOCK_D)
+    points_at = points_ptr + point[:, None] * stride_points_n + in_d[None, :] * stride_points_d  # [BLOCK_N, BLOCK_D]
+    least = tl.full([BLOCK_N], float("inf"), tl.float32)
+    for b0 in range(0, B, BLOCK_B):
+        # A centre that is read twice changes no minimum, so that columns past the end need no mask either.
+        centre = tl.minimum(b0 + tl.arange(0, BLOCK_B), B - 1).to(tl.int64)
+        centres_at = centres_ptr + centre[:, None] * stride_centres_b + in_d[None, :] * stride_centres_d
+        product = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+        for d0 in range(0, D, BLOCK_D):
+            if EVEN_D:
+                x = tl.load(points_at + d0 * stride_points_d)
+                c = tl.load(centres_at + d0 * stride_centres_d)
+            else:
+                x = tl.load(points_at + d0 * stride_points_d, mask=(in_d + d0 < D)[None, :], other=0.0)
+                c = tl.load(centres_at + d0 * stride_centres_d, mask=(in_d + d0 < D)[None, :], other=0.0)
+            product = tile_product(x, tl.trans(c), product, PRECISION)
+        norms = tl.load(centre_sqnorms_ptr + centre)
+        least = tl.minimum(least, tl.min(norms[None, :] - 2.0 * product, axis=1))
+
+    square = tl.maximum(tl.load(point_sqnorms_ptr + point) + least, 0.0)
+    if nearest_ptr is not None:
+        square = tl.minimum(square, tl.load(nearest_ptr + safe_at))
+    live = at < M
+    tl.store(out_ptr + at, square, mask=live)
+    places = tl.arange(0, BLOCK_N)
+    best = tl.max(tl.where(live, square, -1.0), axis=0)
+    first = tl.min(tl.where(live & (square == best), places, BLOCK_N - 1), axis=0)  # ties: the first
+    tl.store(farthest_ptr + block, block * BLOCK_N + first)
+
+
+def unsupported(
+    points: torch.Tensor,
+    centres: torch.Tensor,
+    nearest: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    point_sqnorms: torch.Tensor,
+    centre_sqnorms: torch.Tensor,
+) -> str | None:
+    """Why these inputs cannot run here, or None."""
+    if points.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes float32, bfloat16 and float16; points are {str(points.dtype).removeprefix('torch.')}"
+    for name, x in (("points", points), ("centres", centres)):
+        if x.stride(1) != 1 and x.shape[1] * x.stride(1) >= 2**31:
+            return f"counts elements along a row in 32 bits; {name} spreads {x.shape[1]} over {x.stride(1)} each"
+    return no_device(points)
+
+
+def plan(
+    points: torch.Tensor,
+    centres: torch.Tensor,
+    nearest: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    point_sqnorms: torch.Tensor,
+    centre_sqnorms: torch.Tensor,
+    *,
+    architecture: str,
+) -> tuple[tuple[torch.Tensor, torch.Tensor], list[Launch]]:
+    """The (still unwritten) results and the launch that writes them, for a key of LAUNCH_TABLE."""
+    (b, d), m = centres.shape, len(points) if rows is None else len(rows)
+    # Triton knows of an alignment only when a stride is a multiple of 16 elements.
+    is_unaligned = any(x.shape[1] % 16 or x.stride(0) % 16 or x.stride(1) != 1 for x in (points, centres))
+    variant = "unaligned" if is_unaligned else "few" if b <= FEW_CENTRES else "many"
+    key = (architecture, points.element_size(), variant)
+    block_n, block_b, block_d, num_warps, num_stages, precision = LAUNCH_TABLE[key]
+    blocks = triton.cdiv(m, FARTHEST_BLOCK)
+    out = points.new_empty(m, dtype=torch.float32)
+    farthest = points.new_empty(blocks, dtype=torch.int64)
+    launch = Launch(
+        nearest_kernel,
+        (blocks,),
+        {"points_ptr": points, "centres_ptr": centres}
+        | {"nearest_ptr": None if nearest is None else nearest.contiguous()}
+        | {"rows_ptr": None if rows is None else rows.contiguous()}
+        | {"point_sqnorms_ptr": point_sqnorms.contiguous(), "centre_sqnorms_ptr": centre_sqnorms.contiguous()}
+        | {"out_ptr": out, "farthest_ptr": farthest, "M": m, "B": b, "D": d}
+        | {"stride_points_n": points.stride(0), "stride_points_d": points.stride(1)}
+        | {"stride_centres_b": centres.stride(0), "stride_centres_d": centres.stride(1)},
+        {"BLOCK_N": block_n, "BLOCK_B": block_b, "BLOCK_D": block_d}
+        | {"EVEN_D": d % block_d == 0, "PRECISION": precision},
+        {"num_warps": num_warps, "num_stages": num_stages},
+    )
+    return (out, farthest), [launch]
+
+
+def work(launch: Launch, m: int, b: int, d: int) -> Work:
+    """What the launch executes and what the task needs, for a predicted time."""
+    c, itemsize = launch.constants, launch.arguments["points_ptr"].element_size()
+    products = 3 if c["PRECISION"] == "tf32x3" else 1
+    inner, outer = triton.cdiv(d, c["BLOCK_D"]), triton.cdiv(b, c["BLOCK_B"])
+    return Work(
+        programs=[Programs(launch.grid[0], (inner * outer,), outer)],
+        flops=products * 2 * c["BLOCK_N"] * c["BLOCK_B"] * c["BLOCK_D"],
+        cache_bytes=(c["BLOCK_N"] + c["BLOCK_B"]) * c["BLOCK_D"] * itemsize,
+        matrix_units="16-bit" if itemsize == 2 else "tf32",
+        needed_flops=products * 2 * m * b * d,
+        needed_exponentials=0,
+        needed_bytes=(m + b) * d * itemsize + 12 * m,
+    )
+
+
+def compute(
+    points: torch.Tensor,
+    centres: torch.Tensor,
+    nearest: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    point_sqnorms: torch.Tensor,
+    centre_sqnorms: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See api.k_center."""
+    results, launches = plan(
+        points, centres, nearest, rows, point_sqnorms, centre_sqnorms, architecture=triton_architecture(points)
+    )
+    for launch in launches:
+        launch.run()
+    return results
