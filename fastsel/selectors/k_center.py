@@ -148,7 +148,10 @@ class _Bounds:
             points, centres, rows=at, point_sqnorms=norms, centre_sqnorms=sqnorms, implementation=self._implementation
         ).nearest
         lengths = norms if at is None else norms[at]
-        return (found.double() + self._unit_error * (lengths.double() + sqnorms.max().double())).cpu().numpy()
+        bounds: NDArray[np.float64] = (
+            (found.double() + self._unit_error * (lengths.double() + sqnorms.max().double())).cpu().numpy()
+        )
+        return bounds
 
     def _read(self, group: NDArray[np.int64]) -> torch.Tensor:
         """Float32 rows of a mapped matrix; neighbours are read as a slice."""
