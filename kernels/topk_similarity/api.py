@@ -9,6 +9,7 @@ from fastsel.kernels._runtime.dispatch import run
 
 IMPLEMENTATIONS = {  # tried in this order
     "triton": "fastsel.kernels.topk_similarity.gpu_triton",
+    "native": "fastsel.kernels.topk_similarity.cpu_native",
     "torch": "fastsel.kernels.topk_similarity.torch_blocked",
     "reference": "fastsel.kernels.topk_similarity.reference",
 }

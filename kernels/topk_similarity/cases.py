@@ -37,7 +37,7 @@ _LIST = [
     Case("itself", 130, 700, 33, 5, "each point's neighbours among the others", "dot", "clustered", True),
     Case("long", 40, 900, 48, 10, "lengths that hide the distances", "sqeuclidean", "long", True),
     Case("wide", 33, 401, 2050, 6, "more features than one block of the reduction", "sqeuclidean"),
-    Case("many_kept", 9, 3000, 24, 700, "a long list of neighbours", "sqeuclidean", "clustered"),
+    Case("many_kept", 3, 1500, 24, 200, "a long list of neighbours", "sqeuclidean", "clustered"),
     Case("density", 4000, 20_000, 384, 10, "density of embeddings, as NovelSum", "sqeuclidean", "clustered", slow=True),
     Case("search", 5000, 50_000, 384, 10, "the case that README quotes", slow=True),
     Case("covering", 20_000, 2000, 384, 1, "how well a subset covers a pool", "dot", "clustered", slow=True),

@@ -1,8 +1,7 @@
 """topk_similarity in plain torch, one tile of similarities at a time: any device, bounded memory.
 
-Each query carries its best similarities so far, ordered, and the least similarity. Of a tile only the entries that
-beat a query's worst kept one are taken out: after a few tiles that is almost none, so that a tile costs its
-matrix product and one comparison (a partial sort of every tile costs as much again as the product). For distances
+Each query carries its best similarities so far, ordered, and the least similarity. torch.topk finds the best of a tile;
+it promises nothing about equal entries, so that rows whose last place is tied are sorted as a whole. For distances
 the tile holds q . p - |p|^2 / 2, which has the same order. 16-bit inputs are widened tile by tile.
 """
 
@@ -11,7 +10,7 @@ import torch
 from fastsel.kernels.topk_similarity.contenders import common_centre, decide, number_kept
 
 TILE_ROWS = {"cpu": 256}
-TILE_POINTS = {"cpu": 2048}
+TILE_POINTS = {"cpu": 8192}
 DEVICE_TILE_ROWS, DEVICE_TILE_POINTS = 4096, 16384  # other devices: large enough to keep them busy, 256 MB
 
 
@@ -55,16 +54,13 @@ def _scan(
         similarity = queries @ tile_points.T
         if centre is not None:
             similarity -= tile_points.square().sum(1) / 2
-        lowest = torch.fmin(lowest, torch.where(similarity.isnan(), torch.inf, similarity).amin(1))
-        # NaN beats nothing; an equal similarity comes later, so it does not beat the one that is kept.
-        row, column = (similarity > best[:, -1:]).nonzero(as_tuple=True)
-        if len(row) == 0:
-            continue
-        counts = row.bincount(minlength=b)
-        slot = torch.arange(len(row), device=device) - (counts.cumsum(0) - counts)[row]
-        more = torch.full((b, int(counts.max())), -torch.inf, dtype=dtype, device=device)
-        more_found = torch.full_like(more, -1, dtype=torch.int64)
-        more[row, slot], more_found[row, slot] = similarity[row, column], column + start
+        least = similarity.amin(1)
+        if bool(least.isnan().any()):  # NaN must neither be a minimum nor stand before a number
+            least = torch.where(similarity.isnan(), torch.inf, similarity).amin(1)
+            similarity = similarity.masked_fill(similarity.isnan(), -torch.inf)
+        lowest = torch.minimum(lowest, least)
+        more, column = _best_of(similarity, kept)
+        more_found = torch.where(more > -torch.inf, column + start, -1)
         # Kept ones stand first and points ascend, so a stable sort leaves the lowest point first among equals.
         best, order = torch.cat([best, more], 1).sort(dim=1, descending=True, stable=True)
         best, found = best[:, :kept], torch.cat([found, more_found], 1).gather(1, order[:, :kept])
@@ -72,3 +68,18 @@ def _scan(
         furthest = (queries.square().sum(1) - 2 * lowest).clamp(min=0)
         lowest = torch.where(lowest < torch.inf, furthest, -torch.inf)
     return found, lowest
+
+
+def _best_of(similarity: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best entries of each row and their columns, at most `kept`: largest first, of equals the first column."""
+    if similarity.shape[1] <= kept:
+        return similarity.sort(dim=1, descending=True, stable=True)
+    values, columns = similarity.topk(kept + 1, dim=1)
+    is_tied = values[:, kept - 1] == values[:, kept]
+    columns = columns[:, :kept].sort(dim=1).values
+    values, order = similarity.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    columns = columns.gather(1, order)
+    if bool(is_tied.any()):
+        whole, order = similarity[is_tied].sort(dim=1, descending=True, stable=True)
+        values[is_tied], columns[is_tied] = whole[:, :kept], order[:, :kept]
+    return values, columns

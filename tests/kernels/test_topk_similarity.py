@@ -151,6 +151,24 @@ def test_law_same_input_same_bits(implementation):
         assert all(torch.equal(a, b) for a, b in zip(call(inputs, implementation), first, strict=True))
 
 
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("metric", ["dot", "sqeuclidean"])
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_law_neither_threads_nor_other_queries_change_a_bit(threads, metric):
+    """One thread takes all points in one range, several split them; a part of the queries makes other blocks."""
+    inputs = make_inputs(Case("law", 70, 3000, 20, 6, "", metric), torch.float32, "cpu")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = call(inputs, "native")
+        torch.set_num_threads(threads)
+        got, part = call(inputs, "native"), call((inputs[0][33:40], *inputs[1:]), "native")
+    finally:
+        torch.set_num_threads(before)
+    for a, b, c in zip(got, expected, part, strict=True):
+        assert torch.equal(a, b) and torch.equal(a[33:40], c)
+
+
 @pytest.mark.parametrize("implementation", ALL)
 def test_edges_hand_worked(implementation):
     """Points 0, 3, 4 on a line, query 1: distances squared 1, 4, 9; products 0, 3, 4."""
