@@ -12,14 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastsel.selectors.k_center import k_center
+    from fastsel.selectors.max_sum_dispersion import max_sum_dispersion
+    from fastsel.selectors.repr_filter import repr_filter
     from fastsel.selectors.top_k import top_k
 
 _HOMES = {
     "k_center": "fastsel.selectors.k_center",
+    "max_sum_dispersion": "fastsel.selectors.max_sum_dispersion",
+    "repr_filter": "fastsel.selectors.repr_filter",
     "top_k": "fastsel.selectors.top_k",
 }
 __all__ = [
     "k_center",
+    "max_sum_dispersion",
+    "repr_filter",
     "top_k",
 ]
 

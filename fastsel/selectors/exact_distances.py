@@ -32,6 +32,15 @@ class ExactDistances:
         a_norms, b_norms = (self._sqnorms(values) for values in (a_ad, b_bd))
         return torch.addmm(a_norms[:, None] + b_norms[None, :], a_ad, b_bd.T, alpha=-2).clamp_(min=0)
 
+    def distances(self, a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Float64 [len(a), len(b)], Euclidean and not squared; small ones from the difference of the rows."""
+        squares = self.squares(a, b)
+        at, which = (places.cpu().numpy() for places in (squares < 1e-6 * self.scale).nonzero(as_tuple=True))
+        found = squares.cpu().numpy()
+        found[at, which] = self.direct(a[at], b[which])
+        distances: NDArray[np.float64] = np.sqrt(found)
+        return distances
+
     def direct(self, a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.float64]:
         """Float64 [m]: the square for each pair a[i], b[i], from the difference of the rows; 0 for equal rows."""
         found = np.empty(len(a))

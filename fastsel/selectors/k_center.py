@@ -15,12 +15,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastsel.errors import UsageError
 from fastsel.kernels.k_center import k_center as nearest_centre
+from fastsel.selectors.contenders import TIE, Split, largest, split_by_bound
 from fastsel.selectors.exact_distances import ExactDistances
 from fastsel.selectors.rows import BLOCK_ROWS, Rows, check_k, check_rows
 
 FIRST_BATCH, LARGEST_BATCH = 128, 1024
-# Squares that differ by less than this share of them are equal: the last bits depend on the order of summation.
-TIE = 1e-12
 
 
 def k_center(
@@ -69,7 +68,7 @@ def k_center(
     picks: list[int] = []
     squares: list[float] = []
     if k and not chosen:
-        picks.append(_first_row(first, rows.n, seed))
+        picks.append(first_row(first, rows.n, seed))
         squares.append(np.inf)
         chosen.append(picks[0])
     bounds = _Bounds(rows, implementation)
@@ -89,7 +88,8 @@ def k_center(
     return np.array(picks, dtype=np.int64), gains / 2 if metric == "cosine" else np.sqrt(gains)
 
 
-def _first_row(first: int | str, n: int, seed: int) -> int:
+def first_row(first: int | str, n: int, seed: int) -> int:
+    """The row that a greedy selection begins with: `first`, or drawn with the seed when that is "random"."""
     if first == "random":
         return int(np.random.default_rng(seed).integers(n))
     if isinstance(first, bool) or not isinstance(first, (int, np.integer)):
@@ -208,7 +208,8 @@ class _Search:
 
     def round(self, size: int, most: int) -> list[tuple[int, float]]:
         """Picks with their squared distances, at most so many; none when the candidates had to be settled first."""
-        candidates, outside, outside_row = self._candidates(size)
+        split = self._candidates(size)
+        candidates = split.rows
         square, is_direct = self._squares_of(candidates)
         pairs: NDArray[np.float64] | None = None
         picked: list[tuple[int, float]] = []
@@ -218,7 +219,7 @@ class _Search:
                 break
             is_close = square >= best - 2 * self._exact.margin
             # Near zero the expansion of a square has lost its digits.
-            is_contested = is_close.sum() > 1 or outside >= best - 2 * self._exact.margin
+            is_contested = is_close.sum() > 1 or split.outside >= best - 2 * self._exact.margin
             if is_contested or best < 1e-6 * self._exact.scale:
                 doubtful = np.flatnonzero(is_close & ~is_direct)
                 if len(doubtful):
@@ -228,7 +229,7 @@ class _Search:
                     continue
             at = int((square >= best * (1 - TIE)).argmax())  # ties: the lowest row
             row = int(candidates[at])
-            if not (best > outside * (1 + TIE) or (best >= outside * (1 - TIE) and row < outside_row)):
+            if not split.is_beaten_by(best, row):
                 break
             picked.append((row, float(square[at])))
             self._chosen.append(row)
@@ -244,22 +245,15 @@ class _Search:
         self._keep(candidates, square, is_direct)
         return picked
 
-    def _candidates(self, size: int) -> tuple[NDArray[np.int64], float, int]:
-        """The rows with the largest bounds, in order of rows; the largest bound outside, and its lowest row."""
+    def _candidates(self, size: int) -> Split:
+        """The rows with the largest bounds, those brought up to date; and what lies outside."""
         upper, stamp, chosen = self._bounds.upper, self._bounds.stamp, np.array(self._chosen, np.int64)
         reach = 4 * size
-        while ((stamp < len(chosen)) & (upper >= _largest(upper, 2 * size))).any():
+        while ((stamp < len(chosen)) & (upper >= largest(upper, 2 * size))).any():
             # More rows than are looked at, and more each time: each time has its price, and most are needed soon.
-            self._bounds.refresh(np.flatnonzero((stamp < len(chosen)) & (upper >= _largest(upper, reach))), chosen)
+            self._bounds.refresh(np.flatnonzero((stamp < len(chosen)) & (upper >= largest(upper, reach))), chosen)
             reach *= 2
-        level = _largest(upper, size)
-        above = np.flatnonzero(upper > level * (1 + TIE))
-        tied = np.flatnonzero((upper >= level * (1 - 3 * TIE)) & (upper <= level * (1 + TIE)) & (upper > -np.inf))
-        candidates = np.sort(np.concatenate([above, tied[: max(0, size - len(above))]]))
-        outside = upper.copy()
-        outside[candidates] = -np.inf
-        best = float(outside.max())
-        return candidates, best, int((outside >= best * (1 - 3 * TIE)).argmax())
+        return split_by_bound(upper, size)
 
     def _squares_of(self, candidates: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Squares to the nearest chosen row in float64; those of the last round's candidates are known."""
@@ -278,10 +272,3 @@ class _Search:
         self._last, self._last_square, self._last_is_direct = candidates, square, is_direct
         self._bounds.upper[candidates] = np.where(is_direct, square, square + self._exact.margin)
         self._bounds.stamp[candidates] = len(self._chosen)
-
-
-def _largest(values: NDArray[np.float64], number: int) -> float:
-    """The number-th largest value."""
-    return float(
-        np.partition(values, len(values) - number)[len(values) - number] if number < len(values) else values.min()
-    )
