@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastsel.selectors.k_center import k_center
     from fastsel.selectors.kmeans_sample import kmeans_sample
     from fastsel.selectors.max_sum_dispersion import max_sum_dispersion
+    from fastsel.selectors.mig import mig
     from fastsel.selectors.repr_filter import repr_filter
     from fastsel.selectors.top_k import top_k
     from fastsel.selectors.vendi_sample import vendi_sample
@@ -22,6 +23,7 @@ _HOMES = {
     "k_center": "fastsel.selectors.k_center",
     "kmeans_sample": "fastsel.selectors.kmeans_sample",
     "max_sum_dispersion": "fastsel.selectors.max_sum_dispersion",
+    "mig": "fastsel.selectors.mig",
     "repr_filter": "fastsel.selectors.repr_filter",
     "top_k": "fastsel.selectors.top_k",
     "vendi_sample": "fastsel.selectors.vendi_sample",
@@ -30,6 +32,7 @@ __all__ = [
     "k_center",
     "kmeans_sample",
     "max_sum_dispersion",
+    "mig",
     "repr_filter",
     "top_k",
     "vendi_sample",
