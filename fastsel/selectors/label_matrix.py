@@ -58,9 +58,10 @@ def read_compressed(matrix: Any, name: str, n_columns: int | None = None) -> tup
     if isinstance(matrix, torch.Tensor):
         device = matrix.device
         if matrix.layout in (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc):
-            csr = matrix.detach().to_sparse_csr().cpu()
-            parts = (csr.crow_indices(), csr.col_indices(), csr.values())
-            return _from_parts(parts, name, int(csr.shape[1])), device
+            entries: torch.Tensor = matrix.detach().to_sparse_coo().coalesce().cpu()  # type: ignore[no-untyped-call]
+            indptr = np.zeros(matrix.shape[0] + 1, np.int64)
+            np.cumsum(np.bincount(entries.indices()[0].numpy(), minlength=matrix.shape[0]), out=indptr[1:])
+            return _from_parts((indptr, entries.indices()[1], entries.values()), name, int(matrix.shape[1])), device
     if hasattr(matrix, "tocsr"):
         csr = matrix.tocsr()
         return _from_parts((csr.indptr, csr.indices, csr.data), name, int(csr.shape[1])), device
@@ -157,7 +158,7 @@ def propagation_of_embeddings(embeddings: Any, threshold: float, propagation: fl
     for start in range(0, vectors.n, BLOCK_LABELS):
         cosines = (whole[start : start + BLOCK_LABELS] @ whole.T).cpu().numpy()
         own = np.arange(len(cosines))
-        cosines[own, own + start] = np.inf
+        cosines[own, own + start] = max(1.0, threshold)
         here, there = np.nonzero(cosines >= threshold)
         is_own = there == here + start
         froms.append((here + start).astype(np.int32))

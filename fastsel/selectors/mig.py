@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from fastsel.selectors.rows import check_k, check_rows, check_values
 
 TIE = 1e-9  # relative: gains nearer to the best than this are equal, and the lowest row wins
 LEAST_FRONT = 64
+FRONT_ROWS = 2.0  # a front holds this many times the square root of n: renewing it costs n, evaluating it its size
 logger = logging.getLogger("fastsel")
 
 
@@ -45,7 +45,7 @@ def mig(
     """Choose k rows one after another, each the one that adds most information to what the labels have received.
 
         e[i, q] = quality[i] * sum_p labels[i, p] P[p, q];    x = sum of e[i] over the chosen rows
-        P[p, q] = w[p, q] / sum_p w[p, q];    w = similarity of labels, 0 below the threshold, times propagation for p != q
+        P[p, q] = w[p, q] / sum_p w[p, q];   w = similarity, 0 below the threshold, times propagation where p != q
         gain of a row i = sum_q e[i, q] phi'(x[q])  (first_order)   or   sum_q phi(x[q] + e[i, q]) - phi(x[q])  (exact)
         phi(x) = (x + a)^b  (power)   or   1 - e^(-alpha x)  (exp)
 
@@ -99,7 +99,14 @@ def mig(
         rows = replace(rows, values=rows.values * np.repeat(weights, np.diff(rows.indptr)))
     if spread is not None:
         rows = propagate(rows, spread)
-    options = {"rule": gain, "phi": phi, "a": a, "b": b, "alpha": alpha, "implementation": implementation}
+    options: dict[str, Any] = {
+        "rule": gain,
+        "phi": phi,
+        "a": a,
+        "b": b,
+        "alpha": alpha,
+        "implementation": implementation,
+    }
     try:
         label_rows = _on(rows, device)
         nothing = torch.zeros(label_rows.n_labels, dtype=torch.float64, device=device)
@@ -118,8 +125,10 @@ def _check_entries(rows: CompressedRows) -> None:
 
 
 def _on(rows: CompressedRows, device: torch.device) -> LabelRows:
-    arrays = (torch.from_numpy(np.require(array, requirements="W")) for array in (rows.indptr, rows.indices, rows.values))
-    return LabelRows(*(array.to(device) for array in arrays), rows.n_columns)
+    def moved(array: NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(np.require(array, requirements="W")).to(device)
+
+    return LabelRows(moved(rows.indptr), moved(rows.indices), moved(rows.values), rows.n_columns)
 
 
 class _Front(NamedTuple):
@@ -139,9 +148,11 @@ def _greedy(
     label_rows: LabelRows, k: int, initial: NDArray[np.int64], options: dict[str, Any]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     n = len(label_rows)
-    gains_of = partial(label_gain, label_rows, **options)
     state = torch.zeros(label_rows.n_labels, dtype=torch.float64, device=label_rows.device)
     offsets = label_rows.indptr.cpu().numpy()
+
+    def gains_of(rows: torch.Tensor | None) -> torch.Tensor:
+        return label_gain(label_rows, state, rows, **options)
 
     def add(row: int) -> None:
         entries = slice(int(offsets[row]), int(offsets[row + 1]))
@@ -149,9 +160,9 @@ def _greedy(
 
     for row in initial.tolist():
         add(row)
-    bounds = gains_of(state)
+    bounds = gains_of(None)
     bounds[torch.from_numpy(initial).to(bounds.device)] = -torch.inf
-    base = max(LEAST_FRONT, 2 * int(n**0.5))
+    base = max(LEAST_FRONT, int(FRONT_ROWS * n**0.5))
     indices, gains = np.zeros(k, np.int64), np.zeros(k)
     taken, size, fronts, evaluations = 0, base, 0, n
     while taken < k:
@@ -160,7 +171,7 @@ def _greedy(
         is_taken = np.zeros(len(rows), bool)
         fronts, size = fronts + 1, 2 * size  # without a pick from this one the next is larger, and ends as all rows
         while taken < k:
-            fresh = gains_of(state, front.rows).cpu().numpy()
+            fresh = gains_of(front.rows).cpu().numpy()
             fresh[is_taken] = -np.inf
             evaluations += len(rows)
             best = float(fresh.max())

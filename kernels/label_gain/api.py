@@ -50,13 +50,13 @@ def label_gain(
         NoImplementationError: the implementation asked for cannot take these inputs; the message says why.
 
     Ties and determinism: a row's bits depend on its own entries, their order and the state only, not on the other rows,
-        their number or the threads: equal rows have equal gains. Implementations differ in the last bits.
-    Laws: no gain rises when the state rises (phi is concave), up to rounding: an old gain bounds the new one from above.
+        their number or the threads: equal rows have equal gains. Implementations may differ in the last bits.
+    Laws: phi is concave: no gain rises when the state rises, up to rounding; an old gain bounds the new from above.
         "exact" takes differences of phi: relative error about 2^-52 phi(state) / gain.
     Cost: 2 flops and one gather an entry, and min(entries, n_labels) evaluations of phi or phi' ("exact": one more for
         each entry); reads 4 bytes and a value an entry, 16 bytes a row; memory 8 n_labels; never [n, n_labels].
-    Source: Chen et al., "MIG: Automatic Data Selection for Instruction Tuning by Maximizing Information Gain in Semantic
-        Space", Findings of ACL 2025 (arXiv 2504.13835), section 3.3; "first_order" is its gradient.
+    Source: Chen et al., "MIG: Automatic Data Selection for Instruction Tuning by Maximizing Information Gain in
+        Semantic Space", Findings of ACL 2025 (arXiv 2504.13835), section 3.3; "first_order" is its gradient.
     """
     if not isinstance(label_rows, LabelRows):
         raise ValueError(f"label_rows must be LabelRows, got {type(label_rows).__name__}")
@@ -66,9 +66,7 @@ def label_gain(
         if len(rows):
             least, most = torch.aminmax(rows)
             if int(least) < 0 or int(most) >= len(label_rows):
-                raise ValueError(
-                    f"rows must lie between 0 and {len(label_rows) - 1}, got {int(least)} to {int(most)}"
-                )
+                raise ValueError(f"rows must lie between 0 and {len(label_rows) - 1}, got {int(least)} to {int(most)}")
     if rule not in ("first_order", "exact"):
         raise ValueError(f"rule must be first_order or exact, got {rule!r}")
     if phi not in ("power", "exp"):

@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Information gains of sparse label rows on a GPU.
 
-Who owns what: a program of the first kernel evaluates phi or its slope for BLOCK_L labels, once a call. A program of the
+Who owns what: a program of the first kernel evaluates phi or its slope for BLOCK_L labels, once a call. One of the
     second owns BLOCK_R rows and walks their entries BLOCK_E at a time; a row's terms are added in a fixed tree, without
     atomics, so its bits do not depend on the other rows.
 Reads: 4 bytes and a value an entry, once, neighbouring rows side by side; 16 bytes of offsets a row; the table (8 bytes
@@ -157,9 +157,7 @@ def compute(
     alpha: float,
 ) -> torch.Tensor:
     """See api.label_gain."""
-    gains, launches = plan(
-        label_rows, state, rows, rule, phi, a, b, alpha, architecture=triton_architecture(state)
-    )
+    gains, launches = plan(label_rows, state, rows, rule, phi, a, b, alpha, architecture=triton_architecture(state))
     for launch in launches:
         launch.run()
     return gains

@@ -1,6 +1,6 @@
 """label_gain in plain torch: the entries of a block of rows are gathered, weighed and summed row by row.
 
-phi or its slope is evaluated once a label; BLOCK_ROWS rows are in hand at a time, so memory is bounded by their entries.
+phi or its slope is evaluated once a label; BLOCK_ROWS rows are in hand at a time, so their entries bound the memory.
 segment_reduce sums each row's entries in their order: no atomics, the same bits in every block.
 """
 

@@ -71,7 +71,7 @@ def test_worked_example(implementation):
     """phi(x) = (x + 1)^0.5, phi'(x) = 0.5 / (x + 1)^0.5; labels have received 0, 3 and 8.
 
     Row 0 brings 3 of label 0: first order 3 * 0.5 = 1.5, exact 2 - 1 = 1.
-    Row 1 brings 12 of label 1 and 7 of label 2: 12 * 0.25 + 7 / 6 = 25 / 6; exact (4 - 2) + (4 - 3) = 3.  Row 2: nothing.
+    Row 1 brings 12 of label 1 and 7 of label 2: 12 * 0.25 + 7 / 6 = 25 / 6; exact (4 - 2) + (4 - 3) = 3.  Row 2: 0.
     """
     label_rows = LabelRows(
         torch.tensor([0, 1, 3, 3]), torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([3.0, 12.0, 7.0]), 3
@@ -110,8 +110,10 @@ def test_law_no_gain_rises_when_labels_receive_more(implementation, rule, phi, s
     more = torch.rand(LAW.n_labels, dtype=torch.float64) * (torch.rand(LAW.n_labels) < 0.3)
     after = gains_of((inputs[0], inputs[1] + more, *inputs[2:]), implementation, rule=rule, phi=phi)
     assert (after <= before * (1 + 1e-12) + 1e-12).all() and (after >= 0).all()
-    assert (gains_of(inputs, implementation, rule="exact", phi=phi) <= gains_of(
-        inputs, implementation, rule="first_order", phi=phi) * (1 + 1e-12) + 1e-12).all()  # phi lies below its tangent
+    assert (
+        gains_of(inputs, implementation, rule="exact", phi=phi)
+        <= gains_of(inputs, implementation, rule="first_order", phi=phi) * (1 + 1e-12) + 1e-12
+    ).all()  # phi lies below its tangent
 
 
 @pytest.mark.parametrize("implementation", BOTH)
