@@ -2,6 +2,7 @@
 
     index.json                       fingerprint, plan; for each shard its rows, their content, the xxh3 of its file
     00000000-00000256.npy            one structured array a shard, one record a pool row, memory-mapped when read
+    lock                             held while a process uses the folder; empty otherwise
 
 A shard is found by its row range and by the content of those rows, never by a batch number. Whatever does not match
 is refused with the difference: nothing is silently recomputed, nothing silently reused.
@@ -11,20 +12,28 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from fastsel.errors import InputError
+from fastsel.folder_lock import FolderLock
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SCHEMA_VERSION = 1
 INDEX = "index.json"
+LOCK = "lock"
 
 
 class FeatureStore:
-    """A folder of shards that belong to one computation.
+    """A folder of shards that belong to one computation, for one process at a time.
+
+    Close it, or use it as a context manager: until then no other process gets in.
 
     Attributes:
         folder: where it lies.
@@ -40,20 +49,41 @@ class FeatureStore:
             fingerprint: model, template, options and pool content: all that decides the numbers.
 
         Raises:
-            InputError: the folder holds another computation (the message lists the differences), or is damaged.
+            InputError: the folder holds another computation (the message lists the differences), is damaged, or is in
+                use by another process (the message says which).
         """
         self.folder = Path(folder)
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.plan: Any = None
         self._shards: dict[str, dict[str, Any]] = {}
+        self._lock: FolderLock | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(self.folder / LOCK)
         except OSError as error:
-            raise InputError(f"cannot write features to {self.folder}: {error.strerror}") from None
-        if (self.folder / INDEX).exists():
-            self._load()
-        else:
-            self._save()
+            if not (self.folder / INDEX).exists():  # a finished store may be where nobody can write
+                raise InputError(f"cannot write features to {self.folder}: {error.strerror}") from None
+        try:
+            if (self.folder / INDEX).exists():
+                self._load()
+            else:
+                self._save()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let other processes in; what was read stays mapped."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def set_plan(self, plan: Any) -> None:
         """Keep the plan; done once, before the first shard."""

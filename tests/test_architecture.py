@@ -31,7 +31,7 @@ ARROWS = {
     "kernels": (),
 }
 # Pools, results and messages: plain data, usable without torch.
-SHARED = {"budget", "errors", "io", "progress", "report", "selection", "store", "summary"}
+SHARED = {"budget", "errors", "folder_lock", "io", "progress", "report", "selection", "store", "summary"}
 TOP = {"cli", "commands", "integrations", "__main__"}
 # `import fastsel` and `fastsel --help` must stay under a second, with and without torch installed.
 WITHOUT_TORCH = SHARED | TOP - {"integrations"} | {""}

@@ -1,6 +1,7 @@
 """FeatureStore: what is kept comes back, and nothing else does."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ RECORDS = np.array([(1.5, 3), (float("nan"), 0)], dtype=[("nll", "<f8"), ("n", "
 
 
 def filled(folder):
-    store = FeatureStore(folder, WHAT)
-    store.set_plan([[0, 2, 30], [2, 4, 20]])
-    store.write(0, 2, "content a", RECORDS)
+    with FeatureStore(folder, WHAT) as store:
+        store.set_plan([[0, 2, 30], [2, 4, 20]])
+        store.write(0, 2, "content a", RECORDS)
     return store
 
 
@@ -33,8 +34,9 @@ def test_the_same_writes_give_the_same_bytes(tmp_path):
         store = FeatureStore(tmp_path / folder, WHAT)
         for start, stop in order:
             store.write(start, stop, f"content {start}", RECORDS)
+        store.close()
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["00000000-00000002.npy", "00000002-00000004.npy", "index.json"]
+    assert names == ["00000000-00000002.npy", "00000002-00000004.npy", "index.json", "lock"]
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -101,3 +103,23 @@ def test_refuses_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write features to"):
         FeatureStore(tmp_path / "file" / "features", WHAT)
+
+
+def test_refuses_a_second_user_and_says_who_is_there(tmp_path):
+    with (
+        FeatureStore(tmp_path, WHAT),
+        pytest.raises(InputError, match=rf"{tmp_path} is in use by process {os.getpid()} "),
+    ):
+        FeatureStore(tmp_path, WHAT)
+    with pytest.raises(InputError, match="another computation"):
+        FeatureStore(tmp_path, {**WHAT, "max_length": 1})
+    FeatureStore(tmp_path, WHAT).close()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_finished_store_can_be_read_where_nobody_can_write(tmp_path):
+    filled(tmp_path)
+    (tmp_path / "lock").unlink()
+    tmp_path.chmod(0o500)
+    assert FeatureStore(tmp_path, WHAT).read(0, 2).tobytes() == RECORDS.tobytes()
+    tmp_path.chmod(0o700)

@@ -45,6 +45,11 @@ class Method:
     in_turn: bool = False
     status: str = "available"
 
+    @property
+    def runs_shards(self) -> bool:
+        """Whether a model runs over the pool, shard by shard."""
+        return "model" in self.defaults or "encoder" in self.defaults
+
     def load(self) -> Any:
         """The method's function; imports its module."""
         return getattr(import_module(f"fastsel.methods.{self.name}"), self.name)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsel.commands.catalogue import METHODS, Method, find_method
-from fastsel.commands.options import GROUPS, MACHINE, MODEL, OPTIONS, OUTPUT, POOL, read_value
+from fastsel.commands.options import ENGINE, GROUPS, MACHINE, MODEL, OPTIONS, OUTPUT, POOL, read_value
 from fastsel.errors import InputError, UsageError
 
 # axolotl's words for the columns and tags, accepted beside the options in YAML.
@@ -69,6 +69,8 @@ def options_of(command: str, method: Method) -> dict[str, Any]:
             defaults[name] = option.default
         elif name in method.defaults:
             defaults[name] = method.defaults[name]
+        elif name in ENGINE and method.runs_shards:
+            defaults[name] = option.default
     if method.ready_scores == "none":
         del defaults["score_column"]
     if command == "score":

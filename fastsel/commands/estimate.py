@@ -154,12 +154,12 @@ def _load(config: Config) -> Any:
 
 
 def _try(config: Config, trial: "Pool", loaded: Any, matrix: Any, store: Path | None, progress: str) -> "Selection":
-    values = dict(config.values)
+    values = config.values | {"budget": "1.0", "per": None, "engine": "local", "workers": None, "ray_address": None}
     if loaded is not None:
         values["model" if values.get("encoder") is None else "encoder"] = loaded
     elif matrix is not None:
         values["encoder"] = matrix
-    whole = Config(config.command, config.method, {**values, "budget": "1.0", "per": None}, config.given)
+    whole = Config(config.command, config.method, values, config.given)
     return compute(whole, trial, store=store, progress=progress)
 
 

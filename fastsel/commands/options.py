@@ -238,6 +238,12 @@ _ROWS = (
     Option("implementation", MACHINE, "of the kernels: " + ", ".join(IMPLEMENTATIONS),
            _one_of(*IMPLEMENTATIONS), "NAME"),
     Option("batch_tokens", MACHINE, "tokens in one forward pass; lower it when memory is short", _whole(1), "N"),
+    Option("engine", MACHINE, "where shards of rows run: local (this machine) or ray (a cluster; extra ray)",
+           _one_of("local", "ray"), "WHERE", default="local", shapes_result=False),
+    Option("workers", MACHINE, "processes with a model each (left out: this one, or what a Ray cluster has room for)",
+           _whole(1), "N", shapes_result=False),
+    Option("ray_address", MACHINE, "of the Ray cluster; auto finds this machine's; left out, one is started",
+           _text, "ADDRESS", shapes_result=False),
     Option("output", OUTPUT, "a new or empty folder; an unfinished run in it goes on", _text, "DIR", short="-o",
            shapes_result=False),
     Option("order", OUTPUT, "of the chosen rows: pool or rank", _one_of("pool", "rank"), "WHICH", default="pool"),
@@ -246,6 +252,8 @@ _ROWS = (
     Option("report", OUTPUT, "write report.html", _yes_no, default=True),
 )  # fmt: skip
 OPTIONS: dict[str, Option] = {option.name: option for option in _ROWS}
+# Together they say which executor a method that runs a model is handed.
+ENGINE = ("engine", "workers", "ray_address")
 # What the function of a method is not handed: it belongs to the pool, to the folder, or to the run.
 NOT_THE_METHODS_OWN = frozenset(option.name for option in _ROWS if option.group in (POOL, OUTPUT))
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastsel import __version__
 from fastsel.commands.config import Config, resolve
-from fastsel.commands.options import CHOICE, OPTIONS, OUTPUT
+from fastsel.commands.options import CHOICE, ENGINE, OPTIONS, OUTPUT
 from fastsel.commands.runs import RunFolder, sha256_of
 from fastsel.errors import InputError, UsageError
 from fastsel.progress import format_seconds
@@ -209,11 +209,34 @@ def compute(config: Config, pool: "Pool", *, store: Path | None, progress: str) 
         options["keep"] = "highest" if method.largest else "lowest"
         options["drop_above"] = 1.0 if method.ratio_above_one_is_dropped else None
         return dataclasses.replace(scores(pool, **options), method=method.name)
-    if "model" in method.defaults or "encoder" in method.defaults:
-        options |= {"store": store, "progress": progress}
+    if method.runs_shards:
+        options |= {"store": store, "progress": progress, "executor": _executor(config)}
     function = method.load()
     selection: Selection = function(pool, **options)
     return selection
+
+
+def _executor(config: Config) -> Any:
+    """Where shards run; None: in this process.
+
+    Raises:
+        UsageError: an address without the engine that has one.
+    """
+    engine, workers, address = (config.values[name] for name in ENGINE)
+    if engine == "ray":
+        import torch
+
+        from fastsel.executors import RayActors
+
+        on_gpu = torch.cuda.is_available() and config.values["device"] != "cpu"
+        return RayActors(address, workers, num_gpus=1 if on_gpu else 0)
+    if address is not None:
+        raise UsageError("--ray-address goes with --engine ray")
+    if workers is None or workers == 1:
+        return None
+    from fastsel.executors import LocalProcesses
+
+    return LocalProcesses(workers)
 
 
 def resolve_again(

@@ -10,7 +10,6 @@ left as it is. Everything else is refused with the differences, because a folder
 describe neither.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -18,9 +17,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastsel.errors import InputError
+from fastsel.folder_lock import FolderLock
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -57,7 +57,7 @@ class RunFolder:
         self.request = json.loads(json.dumps(request))
         self.state: State = "new"
         self._start_anew = overwrite
-        self._lock: IO[str] | None = None
+        self._lock: FolderLock | None = None
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file; -o wants a folder")
         before = self._read_json("state/request.json")
@@ -128,18 +128,9 @@ class RunFolder:
     def __enter__(self) -> "Self":
         try:
             (self.path / "state").mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / "state" / "lock", "w")  # noqa: SIM115  held for the life of the run
+            self._lock = FolderLock(self.path / "state" / "lock")
         except OSError as error:
             raise InputError(f"cannot write to {self.path}: {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise InputError(
-                f"another process is writing to {self.path}; wait for it, or give another folder"
-            ) from None
-        except OSError:
-            pass  # a file system without locks: the run goes on unguarded
         if self._start_anew:
             self._remove_run()
         if self.state != "finished":

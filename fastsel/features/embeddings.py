@@ -6,8 +6,8 @@ batch that they were in.
 """
 
 import time
-from collections import ChainMap
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,8 @@ from fastsel.errors import InputError, UsageError
 from fastsel.features.batches import ROWS_AT_ONCE, Shard, plan_shards
 from fastsel.features.row_texts import RowText, whole_text
 from fastsel.io.examples import OK, SKIPPED, STATUS, TRUNCATED, Example
+from fastsel.io.row_reasons import RowReasons
+from fastsel.kernels._runtime.dispatch import recording
 from fastsel.models.encoders import Encoder, load_encoder
 from fastsel.progress import progress_bar
 from fastsel.store import FeatureStore
@@ -55,18 +57,18 @@ class Embeddings:
         matrix: float32 [m, d]; mapped from the file when it is the user's.
         rows: int64 [m], the pool row of each vector, ascending.
         status: uint8 [n], the pool's codes with truncated and skipped rows added.
-        reasons: why a row is not ok.
+        reasons: why a row is not ok, with its line.
         n_tokens: int32 [n], tokens of the whole row (all its messages) under the encoder's tokenizer, not cut; 0 for
             unusable rows. None for a matrix of the user's.
         timings: seconds by step.
         notes: lines for the user.
-        provenance: encoder, text, pooling and device, for the manifest.
+        provenance: encoder, text, pooling, device and what ran each kernel, for the manifest.
     """
 
     matrix: NDArray[np.float32]
     rows: NDArray[np.int64]
     status: NDArray[np.uint8]
-    reasons: MutableMapping[int, str]
+    reasons: RowReasons
     n_tokens: NDArray[np.int32] | None
     timings: dict[str, float]
     notes: list[str] = field(default_factory=list)
@@ -127,47 +129,56 @@ def embed_pool(
         "device": loaded.device,
         "dtype": loaded.dtype,
         "implementation": implementation,
+        "implementations": _what_runs(loaded),
         "text": text,
         "pooling": loaded.pooling,
         "max_length": loaded.max_length,
         "batch_tokens": per_batch,
     }
-    kept = None
-    if store is not None:
-        feature = {"feature": "embeddings", "fastsel": fastsel.__version__}
-        kept = FeatureStore(store, {**feature, **options, "pool": pool.fingerprint, "rows": len(pool)})
+    feature = {"feature": "embeddings", "fastsel": fastsel.__version__}
+    fingerprint = {**feature, **options, "pool": pool.fingerprint, "rows": len(pool)}
     tokenise = partial(_row_tokens, loaded, row_text)
-    if kept is not None and kept.plan is not None:
-        shards = [Shard(*shard) for shard in kept.plan]
-    else:
-        shards = plan_shards(pool, tokenise)
-        if kept is not None:
-            kept.set_plan(shards)
-    planned = time.perf_counter()
-    # Rows without a vector hold zeros here and are left out at the end.
-    vectors = np.zeros((len(pool), loaded.d), np.float32)
-    records = np.zeros(len(pool), _record(0))
-    with progress_bar(sum(shard.tokens for shard in shards), "tok", mode=progress, description="embedding") as bar:
-        embed = partial(_embed_shard, pool, tokenise, loaded, per_batch, bar.update if executor is None else None)
-        todo = []
-        for shard in shards:
-            if kept is not None and kept.has(shard.start, shard.stop, _content(pool, shard)):
-                _put(kept.read(shard.start, shard.stop), shard, records, vectors)
-                bar.skip(shard.tokens)
-            else:
-                todo.append(shard)
-        results = map(embed, todo) if executor is None else executor.map_shards(embed, todo)
-        for shard, result in zip(todo, results, strict=True):
-            _put(result, shard, records, vectors)
+    with FeatureStore(store, fingerprint) if store is not None else nullcontext() as kept:
+        if kept is not None and kept.plan is not None:
+            shards = [Shard(*shard) for shard in kept.plan]
+        else:
+            shards = plan_shards(pool, tokenise)
             if kept is not None:
-                kept.write(shard.start, shard.stop, _content(pool, shard), result)
-            if executor is not None:
-                bar.update(shard.tokens)
+                kept.set_plan(shards)
+        planned = time.perf_counter()
+        # Rows without a vector hold zeros here and are left out at the end.
+        vectors = np.zeros((len(pool), loaded.d), np.float32)
+        records = np.zeros(len(pool), _record(0))
+        with progress_bar(sum(shard.tokens for shard in shards), "tok", mode=progress, description="embedding") as bar:
+            embed = partial(_embed_shard, pool, tokenise, loaded, per_batch, bar.update if executor is None else None)
+            todo = []
+            for shard in shards:
+                if kept is not None and kept.has(shard.start, shard.stop, _content(pool, shard)):
+                    _put(kept.read(shard.start, shard.stop), shard, records, vectors)
+                    bar.skip(shard.tokens)
+                else:
+                    todo.append(shard)
+            results = map(embed, todo) if executor is None else executor.map_shards(embed, todo)
+            for shard, result in zip(todo, results, strict=True):
+                _put(result, shard, records, vectors)
+                if kept is not None:
+                    kept.write(shard.start, shard.stop, _content(pool, shard), result)
+                if executor is not None:
+                    bar.update(shard.tokens)
     embeddings = _collect(pool, records, vectors, text, loaded.max_length)
     embeddings.timings = {"plan": planned - started, "embed": time.perf_counter() - planned}
     embeddings.provenance = {**options, "forward": loaded.path}
     embeddings.notes = [*loaded.notes]
     return embeddings
+
+
+def _what_runs(encoder: Encoder) -> dict[str, str]:
+    """Kernel -> the code that runs it for this encoder here: it decides the last bits."""
+    sequence, _ = encoder.sequence(encoder.tokenise(["a"])[0])
+    with recording() as ran:
+        if sequence:
+            encoder.embed([sequence])
+    return ran
 
 
 def embed_texts(
@@ -322,9 +333,7 @@ def _collect(
     status[usable & ~has_vector] = SKIPPED
     status[has_vector & (records["why"] == CUT)] = TRUNCATED
     words = [reason and reason.format(text=text, max_length=max_length) for reason in REASONS]
-    reasons: MutableMapping[int, str] = ChainMap({}, pool.reasons)  # type: ignore[arg-type]  # only the first is written
-    for row_id in np.flatnonzero(usable & (records["why"] != FITS)).tolist():
-        reasons[row_id] = str(words[records["why"][row_id]])
+    reasons = RowReasons(pool, np.where(usable, records["why"], FITS), words)
     n_tokens = records["n_tokens"].astype(np.int32)
     return Embeddings(vectors[: len(rows)], rows, status, reasons, n_tokens, {})
 
@@ -369,7 +378,7 @@ def _users_own(pool: "Pool", matrix: Any) -> Embeddings:
         matrix=vectors,
         rows=rows,
         status=np.array(pool.status, dtype=np.uint8),
-        reasons=ChainMap({}, pool.reasons),  # type: ignore[arg-type]  # only the first is written
+        reasons=RowReasons(pool, np.zeros(len(pool), np.uint8), REASONS[:1]),
         n_tokens=None,
         timings={"embed": time.perf_counter() - started},
         provenance={"model": {"name": name, "revision": None, "fingerprint": digest.hexdigest()}},

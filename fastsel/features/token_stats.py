@@ -5,38 +5,33 @@ depend on where a run was interrupted. Only the hidden states that predict answe
 """
 
 import time
-from collections import ChainMap
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 import xxhash
 from numpy.typing import NDArray
 
 import fastsel
 from fastsel.errors import UsageError
+from fastsel.features.answer_scorer import AnswerScorer, record_dtype, torch_build
 from fastsel.features.answer_tokens import (
     CONDITIONED,
     DIRECT,
     FITS,
-    NOT_FINITE,
     OVERFLOW,
     REASONS,
     TURNS,
     WITH_SCORE,
     AnswerTokenizer,
-    RowTokens,
-    ScoredSequence,
 )
-from fastsel.features.batches import ROWS_AT_ONCE, Shard, cut_into_batches, plan_shards, without_twins
+from fastsel.features.batches import Shard, plan_shards
 from fastsel.io.examples import OK, SKIPPED, TRUNCATED
+from fastsel.io.row_reasons import RowReasons
 from fastsel.io.templates import Template
-from fastsel.kernels.linear_token_stats import linear_token_stats
 from fastsel.models.loading import LoadedModel
-from fastsel.models.packed import PackedForward, pack
 from fastsel.progress import progress_bar
 from fastsel.store import FeatureStore
 
@@ -62,10 +57,10 @@ class AnswerLosses:
         n_scored: for each pass int32 [n], how many tokens that sum has.
         n_tokens: int32 [n], prompt and answer under the template, not cut; 0 for unusable rows.
         status: uint8 [n], the pool's codes with truncated and skipped rows added.
-        reasons: why a row is not ok.
+        reasons: why a row is not ok, with its line.
         tokens: what separate forwards would process, over all rows and passes.
         timings: seconds by step.
-        provenance: model, template, device and implementations, for the manifest.
+        provenance: model, template, device, options and what ran each kernel, for the manifest.
         notes: lines for the user.
     """
 
@@ -73,7 +68,7 @@ class AnswerLosses:
     n_scored: dict[str, NDArray[np.int32]]
     n_tokens: NDArray[np.int32]
     status: NDArray[np.uint8]
-    reasons: MutableMapping[int, str]
+    reasons: RowReasons
     tokens: int
     timings: dict[str, float]
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +83,7 @@ class AnswerLosses:
     def drop(self, rows: NDArray[np.bool_], reason: str) -> None:
         """Leave the rows of this mask [n] without a score."""
         self.status[rows] = SKIPPED
-        self.reasons.update(dict.fromkeys(np.flatnonzero(rows).tolist(), reason))
+        self.reasons.add(rows, reason)
 
     def mean(self, of_pass: str) -> NDArray[np.float64]:
         """Float64 [n]: the mean -log p of an answer token, NaN where the row has none."""
@@ -128,7 +123,7 @@ def answer_losses(
         batch_tokens: tokens a forward processes at once; None takes 2,048 on a CPU and 16,384 on a GPU.
         implementation: of both kernels, "auto" or a name.
         store: a folder that keeps finished shards, so that the same call goes on after an interruption; or None.
-        executor: where shards run; None runs them here, one after another.
+        executor: where shards run (see fastsel.executors); None runs them here, one after another.
         progress: see progress_bar; counts tokens.
 
     Raises:
@@ -153,11 +148,14 @@ def answer_losses(
         rule=rule,
     )
     per_batch = batch_tokens or BATCH_TOKENS["cpu" if loaded.device.type == "cpu" else "cuda"]
+    scorer = AnswerScorer(pool, loaded, tokenise, tuple(passes), per_batch, implementation)
+    model = scorer.forward()
     options = {
         "model": {"name": loaded.name, "revision": loaded.revision, "fingerprint": loaded.fingerprint},
         "device": loaded.device.type,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "implementation": implementation,
+        "implementations": model.implementations,
         "template": {"id": template.id, "sha256": template.sha256},
         "passes": list(passes),
         "max_length": max_length,
@@ -166,37 +164,37 @@ def answer_losses(
         "rule": rule,
         "batch_tokens": per_batch,
     }
-    kept = None
-    if store is not None:
-        feature = {"feature": "answer losses", "fastsel": fastsel.__version__}
-        kept = FeatureStore(store, {**feature, **options, "pool": pool.fingerprint, "rows": len(pool)})
-    if kept is not None and kept.plan is not None:
-        shards = [Shard(*shard) for shard in kept.plan]
-    else:
-        shards = plan_shards(pool, tokenise)
-        if kept is not None:
-            kept.set_plan(shards)
-    planned = time.perf_counter()
-    model = PackedForward(loaded, implementation)
-    records = np.zeros(len(pool), _dtype(passes))
-    total = sum(shard.tokens for shard in shards)
-    with progress_bar(total, "tok", mode=progress, description="scoring answers") as bar:
-        on_tokens = bar.update if executor is None else None
-        score = partial(_score_shard, pool, tokenise, model, per_batch, implementation, tuple(passes), on_tokens)
-        todo = []
-        for shard in shards:
-            if kept is not None and kept.has(shard.start, shard.stop, _content(pool, shard)):
-                records[shard.start : shard.stop] = kept.read(shard.start, shard.stop)
-                bar.skip(shard.tokens)
-            else:
-                todo.append(shard)
-        results = map(score, todo) if executor is None else executor.map_shards(score, todo)
-        for shard, result in zip(todo, results, strict=True):
-            records[shard.start : shard.stop] = result
+    feature = {"feature": "answer losses", "fastsel": fastsel.__version__, "torch": torch_build()}
+    fingerprint = {**feature, **options, "pool": pool.fingerprint, "rows": len(pool)}
+    with FeatureStore(store, fingerprint) if store is not None else nullcontext() as kept:
+        if kept is not None and kept.plan is not None:
+            shards = [Shard(*shard) for shard in kept.plan]
+        else:
+            shards = plan_shards(pool, tokenise)
             if kept is not None:
-                kept.write(shard.start, shard.stop, _content(pool, shard), result)
-            if executor is not None:
-                bar.update(shard.tokens)
+                kept.set_plan(shards)
+        planned = time.perf_counter()
+        records = np.zeros(len(pool), record_dtype(passes))
+        total = sum(shard.tokens for shard in shards)
+        with progress_bar(total, "tok", mode=progress, description="scoring answers") as bar:
+            todo = []
+            for shard in shards:
+                if kept is not None and kept.has(shard.start, shard.stop, _content(pool, shard)):
+                    records[shard.start : shard.stop] = kept.read(shard.start, shard.stop)
+                    bar.skip(shard.tokens)
+                else:
+                    todo.append(shard)
+            if executor is None:
+                scorer.on_tokens = bar.update
+                results: Iterable[NDArray[Any]] = map(scorer, todo)
+            else:
+                results = executor.map_shards(scorer, todo)
+            for shard, result in zip(todo, results, strict=True):
+                records[shard.start : shard.stop] = result
+                if kept is not None:
+                    kept.write(shard.start, shard.stop, _content(pool, shard), result)
+                if executor is not None:
+                    bar.update(shard.tokens)
     losses = _collect(pool, records, passes, max_length)
     losses.tokens = total
     losses.timings = {"plan": planned - started, "forward": time.perf_counter() - planned}
@@ -223,67 +221,6 @@ def _content(pool: "Pool", shard: Shard) -> str:
     return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(pool.content_hash[shard.start : shard.stop]).tobytes())
 
 
-def _dtype(passes: Sequence[str]) -> np.dtype[Any]:
-    fields: list[tuple[str, str]] = [("n_tokens", "<i4"), ("why", "|u1")]
-    for of_pass in passes:
-        fields += [(f"nll_{of_pass}", "<f8"), (f"n_{of_pass}", "<i4")]
-    return np.dtype(fields)
-
-
-def _score_shard(
-    pool: "Pool",
-    tokenise: AnswerTokenizer,
-    model: PackedForward,
-    batch_tokens: int,
-    implementation: str,
-    passes: tuple[str, ...],
-    on_tokens: Callable[[int], None] | None,
-    shard: Shard,
-) -> NDArray[Any]:
-    """The records of one shard."""
-    records = np.zeros(shard.stop - shard.start, _dtype(passes))
-    rows: list[RowTokens] = []
-    for examples in pool.chunks(shard.start, shard.stop, rows=ROWS_AT_ONCE):
-        rows += tokenise(examples)
-    for row in rows:
-        records["n_tokens"][row.row_id - shard.start] = row.n_tokens
-        records["why"][row.row_id - shard.start] = row.why
-    rows, twins = without_twins(rows)
-    for batch in cut_into_batches(rows, batch_tokens):
-        sums = _sums([sequence for _, sequence in batch], model, implementation)
-        for (row_id, sequence), nll in zip(batch, sums, strict=True):
-            records[f"nll_{sequence.of_pass}"][row_id - shard.start] += nll
-            records[f"n_{sequence.of_pass}"][row_id - shard.start] += len(sequence.ids) - sequence.first
-        if on_tokens is not None:
-            on_tokens(sum(len(sequence.ids) for _, sequence in batch))
-    names = [f"{kind}_{of_pass}" for kind in ("nll", "n") for of_pass in passes]
-    for row_id, first in twins:
-        for name in names:
-            records[name][row_id - shard.start] = records[name][first.row_id - shard.start]
-        if on_tokens is not None:
-            on_tokens(first.size)
-    not_finite = ~np.all([np.isfinite(records[f"nll_{of_pass}"]) for of_pass in passes], axis=0)
-    records["why"][not_finite] = NOT_FINITE
-    return records
-
-
-def _sums(sequences: Sequence[ScoredSequence], model: PackedForward, implementation: str) -> NDArray[np.float64]:
-    """Float64 [s]: sum of -log p over each sequence's scored tokens."""
-    batch = pack([sequence.ids for sequence in sequences])
-    rows = torch.cat([batch.rows(i, s.first - 1, len(s.ids) - 1) for i, s in enumerate(sequences)])
-    hidden = model.hidden_states(batch, rows)
-    targets = torch.tensor([token for s in sequences for token in s.ids[s.first :]], device=hidden.device)
-    head = model.head
-    stats = linear_token_stats(
-        hidden, head.weight, targets, head.bias, head.softcap, head.scale, implementation=implementation
-    )
-    assert stats.nll is not None
-    nll = stats.nll.to("cpu", torch.float64).numpy()
-    starts = np.cumsum([0] + [len(s.ids) - s.first for s in sequences[:-1]])
-    sums: NDArray[np.float64] = np.add.reduceat(nll, starts)
-    return sums
-
-
 def _collect(pool: "Pool", records: NDArray[Any], passes: Sequence[str], max_length: int) -> AnswerLosses:
     usable = pool.status == OK
     scored = usable & np.isin(records["why"], WITH_SCORE)
@@ -291,9 +228,7 @@ def _collect(pool: "Pool", records: NDArray[Any], passes: Sequence[str], max_len
     status[usable & (records["why"] != FITS)] = SKIPPED
     status[scored & (records["why"] != FITS)] = TRUNCATED
     texts = [text and text.format(max_length=max_length) for text in REASONS]
-    reasons: MutableMapping[int, str] = ChainMap({}, pool.reasons)  # type: ignore[arg-type]  # only the first is written
-    for row_id in np.flatnonzero(usable & (records["why"] != FITS)).tolist():
-        reasons[row_id] = str(texts[records["why"][row_id]])
+    reasons = RowReasons(pool, np.where(usable, records["why"], FITS), texts)
     return AnswerLosses(
         nll={p: np.where(scored, records[f"nll_{p}"], np.nan) for p in passes},
         n_scored={p: records[f"n_{p}"].astype(np.int32) for p in passes},

@@ -105,6 +105,12 @@ class Pool:
         """The data sets the rows come from, dictionary<string> [n] with nulls; None when no row says."""
         return self._sources
 
+    def place(self, row: int) -> str:
+        """Where a row stands in the user's data, as reasons name it: "line 3", with the file where there are several;
+        "row_id 3" where there are no lines.
+        """
+        return self._source.place(row)
+
     def chunks(self, start: int = 0, stop: int | None = None, rows: int = _ROWS_A_BLOCK) -> Iterator[list[Example]]:
         """The examples start..stop in order, in lists of `rows`; shorter ones where rows are longer than 8 kB each."""
         stop = len(self) if stop is None else min(stop, len(self))

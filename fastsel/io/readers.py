@@ -43,6 +43,9 @@ class Source(Protocol):
     def scan(self, limit: int | None) -> Iterator[tuple[object, str]]:
         """The value (or Unreadable) and place ("line 3") of each row, once, from the start; at most limit rows."""
 
+    def place(self, row: int) -> str:
+        """Where a row that scan has given stands: "line 3", as scan named it."""
+
     def read(self, start: int, stop: int) -> Iterator[tuple[object, int]]:
         """The values of rows start..stop, each with the bytes it takes, so that the caller can bound its memory."""
 

@@ -72,9 +72,13 @@ class Records:
         self.inputs.append(entry)
         for row in self._rows[:limit]:
             digest.update(row)
-            yield row, f"row_id {self.done}"
+            yield row, self.place(self.done)
             self.done += 1
         entry.rows, entry.sha256, self.digest = self.done, digest.sha256, digest.xxh3
+
+    def place(self, row: int) -> str:
+        """Objects have no lines: the row's number in the pool."""
+        return f"row_id {row}"
 
     def read(self, start: int, stop: int) -> Iterator[tuple[object, int]]:
         """The values of rows start..stop; they cost no reading, so their size counts as 0."""

@@ -167,12 +167,16 @@ class Tables:
                 size += batch.nbytes
                 for row in _values(batch):
                     digest.update(row)
-                    yield row, f"row_id {self.done}"
+                    yield row, self.place(self.done)
                     self.done += 1
             if in_memory:
                 entry.sha256 = digest.sha256
         self.digest = digest.xxh3
         self._row_bytes = size // max(self.done, 1)
+
+    def place(self, row: int) -> str:
+        """Columns have no lines: the row's number in the pool."""
+        return f"row_id {row}"
 
     def read(self, start: int, stop: int) -> Iterator[tuple[object, int]]:
         """The values of rows start..stop, each with its share of the bytes of its batch."""

@@ -114,6 +114,8 @@ class TextFiles:
         self._split = split
         self._offsets = array("q")
         self._first_rows: list[int] = []  # of each file that was begun
+        # Rows from which on line number - row number is another one: after blank lines, in a new file.
+        self._shifted_rows, self._shifts = array("q"), array("q")
         self._states: list[tuple[int, int]] = []
         self._forward: tuple[int, int, Any] | None = None  # file, position and stream of the last compressed read
 
@@ -126,7 +128,6 @@ class TextFiles:
         After it, `digest` is known: it changes with any byte of any row.
         """
         digest, offsets = xxhash.xxh3_128(), self._offsets
-        several = len(self._paths) > 1
         for path in self._paths:
             if len(offsets) == limit:
                 break
@@ -135,20 +136,30 @@ class TextFiles:
             self._states.append(files.state_of(path))
             entry = InputFile(str(path))
             self.inputs.append(entry)
-            place = f"{path}, line" if several else "line"
             with HashingFile(path) as file:
                 for offset, line, raw in self._pieces(path, file):
+                    row = len(offsets)
+                    if not self._shifts or line - row != self._shifts[-1]:
+                        self._shifted_rows.append(row)
+                        self._shifts.append(line - row)
                     offsets.append(offset)
                     digest.update(raw)
                     digest.update(b"\n")
                     entry.rows += 1
                     self.done = base + file.position
-                    yield parse(raw), f"{place} {line}"
+                    yield parse(raw), self.place(row)
                     if len(offsets) == limit:
                         break
                 else:
                     entry.sha256 = file.sha256_of_all()
         self.digest = digest.hexdigest()
+
+    def place(self, row: int) -> str:
+        """The line on which a row begins, and its file where there are several."""
+        line = row + self._shifts[bisect_right(self._shifted_rows, row) - 1]
+        if len(self._paths) == 1:
+            return f"line {line}"
+        return f"{self._paths[bisect_right(self._first_rows, row) - 1]}, line {line}"
 
     def _pieces(self, path: Path, file: HashingFile) -> Iterator[Piece]:
         content = files.blocks(files.decompressed(file, files.compression(path)), path)

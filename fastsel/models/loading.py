@@ -9,7 +9,7 @@ import importlib.util
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class LoadedModel:
         dtype: of its weights (of its computations, where the weights are quantised).
         max_positions: longest sequence that the model was built for, or None where it has no limit.
         note: one line for the user, or None.
+        origin: arguments of load_model that give this model again, in another process too; None for a pair.
     """
 
     model: Any
@@ -53,6 +54,7 @@ class LoadedModel:
     dtype: torch.dtype
     max_positions: int | None
     note: str | None
+    origin: dict[str, Any] | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -112,7 +114,10 @@ def load_model(
             path, revision = hub_snapshot(name, offline)
     with quiet_transformers():
         loaded, tokenizer = _from_path(path, name, target, dtype, offline)
-    return _finished(loaded, tokenizer, name=name, revision=revision, note=note)
+    finished = _finished(loaded, tokenizer, name=name, revision=revision, note=note)
+    # Files by their full path, as another process may stand in another folder.
+    origin = str(Path(model).absolute()) if model != "bundled" and revision is None else str(model)
+    return replace(finished, origin={"model": origin, "device": device, "dtype": dtype, "offline": offline})
 
 
 def _from_pair(pair: tuple[Any, ...]) -> LoadedModel:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from fastsel.errors import FastselWarning, InputError
+from fastsel.kernels._runtime.dispatch import recording
+from fastsel.kernels.linear_token_stats import linear_token_stats
 from fastsel.kernels.tree_attention import Segments, tree_attention
 from fastsel.models.forest import PackedBatch, filled_up, pack
 from fastsel.models.loading import LoadedModel
@@ -111,6 +113,8 @@ class PackedForward:
         path: "packed" or "padded".
         reason: why the path is padded, or None.
         head: HeadParameters of the model, checked against its own logits.
+        implementations: kernel -> the code that ran it in the comparison, such as "native-avx512vnni": what "auto"
+            takes for this model here.
 
     Raises:
         InputError: the model is not causal, or its logits are not what HeadParameters can say.
@@ -133,9 +137,11 @@ class PackedForward:
         if loaded.device.type == "cpu":
             _keep_freed_memory()
         self._linears = PrepackedLinears(self.body)
-        self.reason = self._probe()
+        with recording() as self.implementations:
+            self.reason = self._probe()
         self.path = "padded" if self.reason else "packed"
         if self.reason:
+            self.implementations.pop("tree_attention", None)  # tried, and not used
             warnings.warn(
                 f"{loaded.name} cannot be packed ({self.reason}); sequences are padded instead, which is slower",
                 FastselWarning,
@@ -273,6 +279,9 @@ class PackedForward:
                 f"{self.loaded.name}: its logits differ by {difference:.1e} from those of its final hidden states and "
                 "output embeddings, so that its head does something unknown; name another model"
             )
+        # The other kernel of a forward, so that `implementations` names both.
+        targets = token_ids[:1].to(hidden.device)
+        linear_token_stats(hidden[:1], weight, targets, bias, softcap, scale, implementation=self.implementation)
 
 
 # Three levels: a shared prompt, a shared beginning of two answers, their ends, and another answer.

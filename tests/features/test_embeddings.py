@@ -100,8 +100,8 @@ def test_every_row_is_accounted_for(bundled):
     got = embed(open_pool(rows), bundled)
     np.testing.assert_array_equal(got.status, [0, 0, 0, 0, 2, 2, 1])
     np.testing.assert_array_equal(got.rows, [0, 1, 2, 3, 6])
-    assert got.reasons[5] == "the row has no instruction to embed"
-    assert got.reasons[6] == "the instruction is embedded from its first 256 tokens"
+    assert got.reasons[5] == "row_id 5: the row has no instruction to embed"
+    assert got.reasons[6] == "row_id 6: the instruction is embedded from its first 256 tokens"
     assert got.matrix.shape == (5, 384)
     assert got.n_tokens[6] == 401 and got.n_tokens[4] == 0 and got.n_tokens[5] == 3
     np.testing.assert_allclose(got.matrix[4], embed_texts(["long " * 254], bundled)[0], atol=1e-6)

@@ -8,13 +8,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastsel.errors import InputError, UsageError
-from fastsel.features import batches, token_stats
+from fastsel.features import answer_scorer, batches, token_stats
+from fastsel.features.answer_scorer import AnswerScorer
 from fastsel.features.answer_tokens import CONDITIONED, DIRECT, RowTokens, ScoredSequence
 from fastsel.features.batches import Shard, cut_into_batches
 from fastsel.features.token_stats import answer_losses, window_of
 from fastsel.io import bundled_pool_path, open_pool
 from fastsel.io.templates import ALPACA
 from fastsel.models.loading import load_model
+from fastsel.models.packed import PackedForward
+from fastsel.store import FeatureStore
 
 N_ROWS = 24
 
@@ -85,12 +88,32 @@ def all_rows(pool, loaded):
     return tokenise(pool.examples(range(len(pool))))
 
 
+def test_a_reason_names_the_line_of_its_row(loaded, tmp_path):
+    rows = [
+        {"instruction": "q", "output": "a"},
+        {"instruction": "q", "output": ""},
+        {"instruction": "q" * 600, "output": "b"},
+    ]
+    path = tmp_path / "pool.jsonl"
+    path.write_text("\n\n".join(json.dumps(row) for row in rows))
+    losses = score(open_pool(path), loaded, max_length=400)
+    assert dict(losses.reasons) == {
+        1: "line 3: the answer (output) is empty",
+        2: "line 5: the prompt fills max_length=400 and leaves no answer token",
+    }
+    losses.drop(np.array([True, False, True]), "not wanted")
+    assert dict(losses.reasons) == {
+        0: "line 1: not wanted", 1: "line 3: the answer (output) is empty", 2: "line 5: not wanted"
+    }  # fmt: skip
+    assert len(losses.reasons) == 3 and losses.reasons.get(7) is None
+
+
 def test_equal_rows_have_equal_bits_and_are_scored_once(loaded, monkeypatch):
     rows = [{"instruction": f"q{i % 3}", "output": "an answer " * (i % 3 + 1)} for i in range(30)]
     seen = []
-    counted = token_stats._sums
+    counted = answer_scorer._sums
     monkeypatch.setattr(
-        token_stats, "_sums", lambda sequences, *rest: seen.extend(sequences) or counted(sequences, *rest)
+        answer_scorer, "_sums", lambda sequences, *rest: seen.extend(sequences) or counted(sequences, *rest)
     )
     losses = score(open_pool(rows), loaded, batch_tokens=64)
     assert len(seen) == 6
@@ -107,7 +130,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(pool, loaded, tmp_path, mo
     n_shards = len(json.loads((tmp_path / "whole" / "index.json").read_text())["shards"])
     assert n_shards >= 4
     scored = []
-    genuine = token_stats._score_shard
+    genuine = AnswerScorer.__call__
 
     def stops_in_the_third(*arguments):
         if len(scored) == 2:
@@ -115,14 +138,14 @@ def test_interrupted_and_resumed_equals_uninterrupted(pool, loaded, tmp_path, mo
         scored.append(arguments[-1])
         return genuine(*arguments)
 
-    monkeypatch.setattr(token_stats, "_score_shard", stops_in_the_third)
+    monkeypatch.setattr(AnswerScorer, "__call__", stops_in_the_third)
     with pytest.raises(Stopped):
         score(pool, loaded, store=tmp_path / "parts")
     (tmp_path / "parts" / "00000009-00000011.npy.part").write_bytes(b"half a shard")
     assert len(list((tmp_path / "parts").glob("*.npy"))) == 2
     scored.clear()
     monkeypatch.setattr(batches, "SHARD_TOKENS", 10**9)  # the plan is kept: this no longer decides
-    monkeypatch.setattr(token_stats, "_score_shard", lambda *a: (scored.append(a[-1]), genuine(*a))[1])
+    monkeypatch.setattr(AnswerScorer, "__call__", lambda *a: (scored.append(a[-1]), genuine(*a))[1])
     resumed = score(pool, loaded, store=tmp_path / "parts")
     assert len(scored) == n_shards - 2
     for of_pass in (CONDITIONED, DIRECT):
@@ -133,7 +156,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(pool, loaded, tmp_path, mo
 
 def test_a_finished_store_needs_no_forward(pool, loaded, tmp_path, monkeypatch):
     first = score(pool, loaded, store=tmp_path)
-    monkeypatch.setattr(token_stats, "_sums", lambda *_: pytest.fail("a forward ran"))
+    monkeypatch.setattr(answer_scorer, "_sums", lambda *_: pytest.fail("a forward ran"))
     assert score(pool, loaded, store=tmp_path).nll[DIRECT].tobytes() == first.nll[DIRECT].tobytes()
 
 
@@ -146,6 +169,32 @@ def test_refuses_a_store_of_other_options(pool, loaded, tmp_path, change):
         change = {"template": NONE}
     with pytest.raises(InputError, match=f"{next(iter(change))}: .* there, .* now"):
         score(pool, loaded, store=tmp_path, **change)
+
+
+def test_refuses_a_store_that_other_code_filled(pool, loaded, tmp_path, monkeypatch):
+    """Other code gives other last bits: half of each in one file would be neither."""
+    losses = score(pool, loaded, store=tmp_path)
+    ran = losses.provenance["implementations"]
+    assert set(ran) == {"linear_token_stats", "tree_attention"}
+    assert json.loads((tmp_path / "index.json").read_text())["fingerprint"]["implementations"] == ran
+    elsewhere = dict.fromkeys(ran, "native-elsewhere")
+    genuine = PackedForward.__init__
+
+    def on_another_machine(self, *arguments):
+        genuine(self, *arguments)
+        self.implementations = elsewhere
+
+    monkeypatch.setattr(PackedForward, "__init__", on_another_machine)
+    with pytest.raises(InputError) as refused:
+        score(pool, loaded, store=tmp_path)
+    assert f"  implementations: {json.dumps(ran)} there, {json.dumps(elsewhere)} now" in str(refused.value).splitlines()
+
+
+def test_refuses_a_store_that_another_process_uses(pool, loaded, tmp_path):
+    score(pool, loaded, store=tmp_path)
+    fingerprint = json.loads((tmp_path / "index.json").read_text())["fingerprint"]
+    with FeatureStore(tmp_path, fingerprint), pytest.raises(InputError, match="is in use by process"):
+        score(pool, loaded, store=tmp_path)
 
 
 def test_refuses_a_store_of_another_pool(pool, loaded, tmp_path):
@@ -204,17 +253,17 @@ def test_a_plan_has_equal_shards_and_leaves_no_row_out(pool, loaded, monkeypatch
 
 @pytest.mark.parametrize("loss", [np.nan, np.inf])
 def test_a_loss_that_is_not_finite_is_no_score(loaded, monkeypatch, loss):
-    genuine = token_stats._sums
+    genuine = answer_scorer._sums
 
     def poisoned(batch, *rest):
         sums = genuine(batch, *rest)
         sums[0] = loss
         return sums
 
-    monkeypatch.setattr(token_stats, "_sums", poisoned)
+    monkeypatch.setattr(answer_scorer, "_sums", poisoned)
     losses = score(open_pool([{"instruction": "q", "output": "a"}, {"instruction": "q", "output": "long"}]), loaded)
     assert losses.has_score.tolist() == [False, True]
-    assert losses.reasons[0] == "the model's loss is not a finite number"
+    assert losses.reasons[0] == "row_id 0: the model's loss is not a finite number"
     assert np.isnan(losses.mean(DIRECT)[0])
 
 
@@ -224,7 +273,7 @@ def test_a_forward_that_fails_is_an_error_and_no_score(pool, loaded, monkeypatch
     def out_of_memory(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(token_stats, "_sums", out_of_memory)
+    monkeypatch.setattr(answer_scorer, "_sums", out_of_memory)
     with pytest.raises(RuntimeError, match="out of memory"):
         score(pool, loaded)
 
