@@ -51,4 +51,5 @@ class RowReasons(Mapping[int, str]):
         return int(np.count_nonzero(self._not_ok()))
 
     def _not_ok(self) -> npt.NDArray[np.bool_]:
-        return (self._why != 0) | (self._pool.status != OK)
+        not_ok: npt.NDArray[np.bool_] = (self._why != 0) | (self._pool.status != OK)
+        return not_ok
