@@ -51,7 +51,7 @@ LAUNCH_TABLE = {
     ("sm_100", 2, "unaligned"): (64, 64, 32, 4, 2, "ieee"),
     ("sm_100", 4, "few"): (128, 128, 32, 8, 3, "tf32x3"),
     ("sm_100", 4, "all"): (128, 64, 32, 8, 3, "tf32x3"),
-    ("sm_100", 4, "unaligned"): (64, 32, 32, 4, 2, "tf32x3"),
+    ("sm_100", 4, "unaligned"): (64, 64, 32, 4, 1, "tf32x3"),  # two stages spill under Triton 3.7.1
     ("gfx942", 2, "few"): (128, 128, 64, 8, 2, "ieee"),
     ("gfx942", 2, "all"): (128, 128, 64, 8, 2, "ieee"),
     ("gfx942", 2, "unaligned"): (64, 64, 32, 4, 2, "ieee"),
