@@ -169,7 +169,7 @@ def test_no_eligible_row_and_no_row(tiny):
 def test_text_without_a_prompt_has_no_score(tiny):
     selection = fastsel.ifd([{"text": "Only a text."}], model=tiny("llama"), max_length=96, budget=1, **QUIET)
     assert np.isnan(selection.scores).all()
-    assert selection.reasons[0] == "nothing comes before the answer, so there is nothing to compare it with"
+    assert selection.reasons[0] == "row_id 0: nothing comes before the answer, so there is nothing to compare it with"
 
 
 def test_quotas_keep_each_source(tiny, golden_rows):
