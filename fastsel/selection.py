@@ -185,10 +185,14 @@ class Selection:
         )
 
     def report(self, path: str | Path) -> Path:
-        """Write the self-contained HTML page to path."""
-        from fastsel.report import write_report
+        """Write the self-contained HTML page to path; or, under .png, .pdf or .svg, its charts (extra report)."""
+        from fastsel.report import write_figure, write_report
 
-        return write_report(self, path)
+        return (
+            write_report(self, path)
+            if Path(path).suffix in (".html", ".htm", ".json", "")
+            else write_figure(self, path)
+        )
 
     def to_dataset(self, *, order: str = "pool", score_column: str | None = "fastsel_score") -> Dataset:
         """The chosen rows as a datasets.Dataset, the user's own columns plus the score.

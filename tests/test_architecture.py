@@ -36,8 +36,8 @@ TOP = {"cli", "commands", "integrations", "__main__"}
 # `import fastsel` and `fastsel --help` must stay under a second, with and without torch installed.
 WITHOUT_TORCH = SHARED | TOP - {"integrations"} | {""}
 IMPORTED_WHERE_NEEDED = {
-    "transformers", "tokenizers", "peft", "gguf", "datasets", "pandas", "polars", "bitsandbytes", "faiss", "ray",
-    "zstandard", "safetensors", "accelerate", "sentence_transformers", "model2vec", "sklearn",
+    "transformers", "tokenizers", "peft", "gguf", "datasets", "matplotlib", "pandas", "polars", "bitsandbytes", "faiss",
+    "ray", "zstandard", "safetensors", "accelerate", "sentence_transformers", "model2vec", "sklearn",
 }  # fmt: skip
 
 
