@@ -196,8 +196,14 @@ def test_operation_names_its_implementations_in_a_literal_table(operation):
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and not _is_kernel(node)
         ]
         # plan() and work() say what a call would launch and what it costs, so that code is proven without a device;
-        # pack() lays an input out once for many calls.
-        more = {"plan", "work"} if file.startswith("gpu_triton") else {"pack"} if file == "cpu_native" else set()
+        # pack() lays an input out once for many calls, similarity_rows() is its float64 companion.
+        more = (
+            {"plan", "work"}
+            if file.startswith("gpu_triton")
+            else {"pack", "similarity_rows"}
+            if file == "cpu_native"
+            else set()
+        )
         assert {"compute", "unsupported"} <= set(public) <= {"compute", "unsupported"} | more, f"{operation}/{file}.py"
 
 

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastsel.selectors.facility_location import facility_location
     from fastsel.selectors.k_center import k_center
     from fastsel.selectors.kmeans_sample import kmeans_sample
     from fastsel.selectors.max_sum_dispersion import max_sum_dispersion
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from fastsel.selectors.vendi_sample import vendi_sample
 
 _HOMES = {
+    "facility_location": "fastsel.selectors.facility_location",
     "k_center": "fastsel.selectors.k_center",
     "kmeans_sample": "fastsel.selectors.kmeans_sample",
     "max_sum_dispersion": "fastsel.selectors.max_sum_dispersion",
@@ -29,6 +31,7 @@ _HOMES = {
     "vendi_sample": "fastsel.selectors.vendi_sample",
 }
 __all__ = [
+    "facility_location",
     "k_center",
     "kmeans_sample",
     "max_sum_dispersion",

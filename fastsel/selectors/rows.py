@@ -23,6 +23,7 @@ class Rows:
 
     Attributes:
         n, d: its shape.
+        given: the matrix as it was given (other numbers than float16 to float64 as float64), not at unit length.
         device: where it lies, and where blocks are made.
         unit: whether rows are read at unit length; a row of zeros stays zero, so its similarity to anything is 0.
         lengths: float64 [n] on the CPU, Euclidean lengths of the rows as given.
@@ -44,20 +45,20 @@ class Rows:
         matrix = x.detach() if isinstance(x, torch.Tensor) else _as_tensor(np.asarray(x), name)
         if matrix.ndim != 2 or matrix.shape[1] < 1:
             raise UsageError(f"{name} must be a matrix [rows, features], got shape {list(matrix.shape)}")
-        self._matrix = matrix if matrix.dtype in _READ_AS_THEY_ARE else matrix.to(torch.float64)
+        self.given = matrix if matrix.dtype in _READ_AS_THEY_ARE else matrix.to(torch.float64)
         self.n, self.d = matrix.shape
         self.device, self.unit = matrix.device, unit
         self._whole: torch.Tensor | None = None
         self.lengths: NDArray[np.float64] = np.zeros(self.n)
         for start in range(0, self.n, BLOCK_ROWS):
-            length = torch.linalg.vector_norm(self._matrix[start : start + BLOCK_ROWS].double(), dim=1).cpu().numpy()
+            length = torch.linalg.vector_norm(self.given[start : start + BLOCK_ROWS].double(), dim=1).cpu().numpy()
             if not np.isfinite(length).all():
                 self._refuse(name, start, start + len(length))
             self.lengths[start : start + len(length)] = length
 
     def _refuse(self, name: str, start: int, stop: int) -> None:
         """Name the first row that is not finite (a length may also overflow: that is refused as too large)."""
-        is_bad = ~torch.isfinite(self._matrix[start:stop]).all(dim=1).cpu().numpy()
+        is_bad = ~torch.isfinite(self.given[start:stop]).all(dim=1).cpu().numpy()
         if is_bad.any():
             raise UsageError(
                 f"{name}: row {start + int(is_bad.argmax())} holds NaN or infinity; drop or repair it first"
@@ -70,7 +71,7 @@ class Rows:
     def exact(self, rows: ArrayLike | slice) -> torch.Tensor:
         """Float64 [b, d]: rows by number, at unit length when `unit`; from the values as they were given."""
         index = rows if isinstance(rows, slice) else torch.as_tensor(np.asarray(rows, dtype=np.int64)).to(self.device)
-        block = self._matrix[index].double()
+        block = self.given[index].double()
         if self.unit:
             lengths = torch.from_numpy(self.lengths[rows if isinstance(rows, slice) else np.asarray(rows, np.int64)])
             block = block / torch.where(lengths > 0, lengths, 1.0).to(self.device)[:, None]
@@ -81,8 +82,8 @@ class Rows:
         if self._whole is not None:
             index = rows if isinstance(rows, slice) else torch.as_tensor(np.asarray(rows, np.int64)).to(self.device)
             return self._whole[index]
-        if isinstance(rows, slice) and not self.unit and self._matrix.dtype == torch.float32:
-            return self._matrix[rows]
+        if isinstance(rows, slice) and not self.unit and self.given.dtype == torch.float32:
+            return self.given[rows]
         return self.exact(rows).float()
 
     def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[int, torch.Tensor]]:
@@ -93,8 +94,8 @@ class Rows:
     def whole(self) -> torch.Tensor:
         """Float32 [n, d] contiguous, made once; the matrix itself where it already is that. Not for mapped files."""
         if self._whole is None:
-            if not self.unit and self._matrix.dtype == torch.float32 and self._matrix.is_contiguous():
-                self._whole = self._matrix
+            if not self.unit and self.given.dtype == torch.float32 and self.given.is_contiguous():
+                self._whole = self.given
             else:
                 whole = torch.empty(self.n, self.d, dtype=torch.float32, device=self.device)
                 for start, block in self.blocks():

@@ -8,7 +8,6 @@ from fastsel.kernels.facility_location import cpu_native
 from fastsel.kernels.facility_location.packed import PackedCandidates
 
 IMPLEMENTATIONS = {  # tried in this order
-    "triton": "fastsel.kernels.facility_location.gpu_triton",
     "native": "fastsel.kernels.facility_location.cpu_native",
     "torch": "fastsel.kernels.facility_location.torch_blocked",
     "reference": "fastsel.kernels.facility_location.reference",
@@ -18,7 +17,7 @@ SIMILARITIES = ("dot", "rbf", "exp_distance")
 
 
 def facility_location(
-    candidates: torch.Tensor,
+    candidates: torch.Tensor | PackedCandidates,
     points: torch.Tensor,
     best: torch.Tensor,
     *,

@@ -1,20 +1,123 @@
-"""facility_location by the compiled library."""
+"""facility_location by the compiled library: checks what it takes, allocates, hands over pointers."""
+
+from ctypes import POINTER, byref, c_double, c_float, c_int32, c_int64, c_void_p
 
 import torch
 
+from fastsel.kernels._runtime import native
 from fastsel.kernels.facility_location.packed import PackedCandidates
 
+ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SIMILARITIES = {"dot": 0, "rbf": 1, "exp_distance": 2}
+SLAB_BYTES = 256 << 20  # candidates that come unpacked are packed and scored so many bytes at a time
 
-def unsupported(*inputs: object) -> str | None:
-    """Not compiled yet."""
-    return "is not compiled yet"
+
+def unsupported(
+    candidates: torch.Tensor | PackedCandidates,
+    points: torch.Tensor,
+    best: torch.Tensor,
+    raised: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    similarity: str,
+    gamma: float,
+) -> str | None:
+    """Why the compiled library cannot take these inputs, or None."""
+    matrix = candidates.matrix if isinstance(candidates, PackedCandidates) else candidates
+    return _refusal(matrix)
 
 
 def pack(candidates: torch.Tensor) -> torch.Tensor | PackedCandidates:
     """See api.pack_candidates."""
-    return candidates
+    if _refusal(candidates) is not None:
+        return candidates
+    (n, d), rows = candidates.shape, _unit_stride(candidates)
+    needed = c_int64()
+    native.function("facility_location_packed", c_int64, c_int64, POINTER(c_int64))(n, d, byref(needed))
+    # dtype and device are spelt out: torch's defaults are the user's to change.
+    panels = torch.empty(needed.value, dtype=torch.float32, device="cpu")
+    native.function("facility_location_pack", c_void_p, c_int64, c_int32, c_int64, c_int64, c_int32, c_void_p)(
+        *(rows.data_ptr(), rows.stride(0), ELEMENT_TYPES[rows.dtype], n, d, native.num_threads(), panels.data_ptr())
+    )
+    return PackedCandidates(candidates, panels)
 
 
-def compute(*inputs: object) -> torch.Tensor:
+def compute(
+    candidates: torch.Tensor | PackedCandidates,
+    points: torch.Tensor,
+    best: torch.Tensor,
+    raised: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    similarity: str,
+    gamma: float,
+) -> torch.Tensor:
     """See api.facility_location."""
-    raise AssertionError
+    if not isinstance(candidates, PackedCandidates):
+        n, d = candidates.shape
+        slab = max(1, SLAB_BYTES // (4 * d))
+        if n > slab:
+            inputs = (points, best, raised, weights, similarity, gamma)
+            return torch.cat([compute(candidates[i : i + slab], *inputs) for i in range(0, n, slab)])
+        packed = pack(candidates)
+        assert isinstance(packed, PackedCandidates)  # unsupported() has taken the matrix
+        candidates = packed
+    (n, d), m, threads = candidates.matrix.shape, len(points), native.num_threads()
+    itself = raised is None and _is_same(candidates.matrix, points)
+    points = _unit_stride(points)
+    values = [None if x is None else x.float().contiguous() for x in (best, raised, weights)]
+    needed = c_int64()
+    native.function("facility_location_workspace", c_int64, c_int64, c_int64, c_int32, POINTER(c_int64))(
+        n, m, d, itself, byref(needed)
+    )
+    workspace = torch.empty(needed.value, dtype=torch.float32, device="cpu")
+    gains = torch.empty(n, dtype=torch.float64, device="cpu")
+    native.function(
+        "facility_location",
+        *(c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int32, c_int64),
+        *(c_void_p, c_void_p, c_void_p, c_int32, c_float, c_int32, c_int32, c_void_p, c_void_p),
+    )(
+        *(candidates.panels.data_ptr(), n, d),
+        *(points.data_ptr(), points.stride(0), ELEMENT_TYPES[points.dtype], m),
+        *(None if x is None else x.data_ptr() for x in values),
+        *(SIMILARITIES[similarity], gamma, itself, threads, workspace.data_ptr(), gains.data_ptr()),
+    )
+    return gains
+
+
+def similarity_rows(
+    rows: torch.Tensor, points: torch.Tensor, lengths: torch.Tensor | None, similarity: str, gamma: float
+) -> torch.Tensor:
+    """See exact.similarity_rows; on a CPU, with the compiled library."""
+    (b, d), m, threads = rows.shape, len(points), native.num_threads()
+    points = _unit_stride(points)
+    padded = torch.zeros(-(-b // 4) * 4, -(-d // 16) * 16, dtype=torch.float64, device="cpu")
+    padded[:b, :d] = rows
+    workspace = torch.empty(threads * 4 * padded.shape[1], dtype=torch.float64, device="cpu")
+    out = torch.empty(b, m, dtype=torch.float64, device="cpu")
+    native.function(
+        "facility_location_rows",
+        *(c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int32, c_int64),
+        *(c_int64, c_void_p, c_int32, c_double, c_int32, c_void_p, c_void_p),
+    )(
+        *(padded.data_ptr(), b, padded.shape[1]),
+        *(points.data_ptr(), points.stride(0), (ELEMENT_TYPES | {torch.float64: 3})[points.dtype], m),
+        *(d, None if lengths is None else lengths.data_ptr(), SIMILARITIES[similarity], gamma),
+        *(threads, workspace.data_ptr(), out.data_ptr()),
+    )
+    return out
+
+
+def _refusal(matrix: torch.Tensor) -> str | None:
+    if matrix.device.type != "cpu":
+        return f"runs on the CPU, the tensors are on {matrix.device}"
+    if matrix.dtype not in ELEMENT_TYPES:
+        return f"takes float32, bfloat16 and float16, got {str(matrix.dtype).removeprefix('torch.')}"
+    return native.unavailable()
+
+
+def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
+def _unit_stride(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix itself when its rows are contiguous, else a copy."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()

@@ -1,0 +1,230 @@
+"""Exact greedy choice by coverage: bounds say who can win, float64 gains say who does.
+
+Every candidate has an upper bound of its gain: what is maintained in float32 plus an allowance for its error, and the
+last float64 gain it was found to have, because gains only fall. A pick evaluates contenders in float64 until no other
+bound reaches the best of them. How bounds are kept current is all in which the optimizers differ:
+
+    naive        all gains from scratch before each pick
+    incremental  after each pick, minus what it took from them: only points whose best similarity rose are passed
+    lazy         never: stale bounds, contenders evaluated in growing batches
+    auto         whichever is less work at each pick: contenders are evaluated while those that stale bounds let in
+                 cost less than bringing all bounds up to date for the points that moved since they last were
+
+The error of maintained gains is not bounded by theory (worst-case bounds of float32 sums are a thousand times what
+occurs) but measured: whenever a candidate is evaluated while bounds are current, the difference is known, and eight
+times the largest recent difference is allowed to every other candidate.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastsel.selectors.constraints import Constraints
+from fastsel.selectors.coverage import Coverage
+
+TIE = 1e-9  # relative: gains that differ by less are equal, and the lowest row goes first
+SAFETY = 8.0
+FIRST_LOOK = 16  # contenders evaluated before the first pick, which measure the error of the maintained gains
+BATCH, LARGEST_BATCH = 8, 64
+# Columns that bringing bounds up to date could pass in the time of fetching: a call, and each row (measured.md).
+CALL_COLUMNS, ROW_COLUMNS = 40.0, 2.0
+
+
+class ExactGreedy:
+    """A run of greedy picks.
+
+    Attributes:
+        syncs: how often all bounds were brought up to date.
+    """
+
+    def __init__(
+        self,
+        coverage: Coverage,
+        constraints: Constraints,
+        optimizer: str,
+        quality: NDArray[np.float64] | None = None,
+        alpha: float = 0.0,
+    ) -> None:
+        self.coverage, self.constraints, self._optimizer = coverage, constraints, optimizer
+        self._scale, self._shift = 1.0 - alpha, (0.0 if quality is None else alpha * quality)
+        n = coverage.n
+        self._caps = np.full(n, np.inf)  # the last float64 gain of each candidate
+        self._evaluated_at = np.full(n, -1)  # the pick before which that was
+        self._step, self.syncs = 0, 0
+        self._spent = 0.0  # columns that fetching cost since the last sync
+        # "sampled" knows no gain before it is asked for: a pass over all pairs is what sampling avoids.
+        self._gains = np.full(n, np.inf) if optimizer == "sampled" else coverage.gains()
+        self._synced = coverage.best.float()
+        largest = float(np.abs(self._gains).max(initial=0.0))
+        self._allowance = 1e-6 * largest if np.isfinite(largest) else 0.0
+
+    def value(self, gains: NDArray[np.float64], rows: NDArray[np.int64] | slice = slice(None)) -> NDArray[np.float64]:
+        """What a pick is judged by: (1 - alpha) gain + alpha quality, over the cost where there are costs."""
+        shift = self._shift if isinstance(self._shift, float) else self._shift[rows]
+        value = self._scale * gains + shift
+        return value if self.constraints.costs is None else value / self.constraints.costs[rows]
+
+    def pick(self, among: NDArray[np.bool_] | None = None) -> tuple[int, float] | None:
+        """(row, what it adds to the objective) of the best row that may be taken (of those `among`), None if none may.
+
+        The row is taken.
+        """
+        allowed = self.constraints.may_take if among is None else self.constraints.may_take & among
+        if not allowed.any():
+            return None
+        if self._optimizer in ("naive", "incremental"):
+            self._sync()
+        winner = self._decide(allowed)
+        return winner, self.take(winner)
+
+    def take(self, row: int) -> float:
+        """Choose a row that was evaluated for this pick; what it adds to the objective."""
+        assert self._evaluated_at[row] == self._step
+        adds = self._scale * float(self._caps[row]) + (
+            self._shift if isinstance(self._shift, float) else float(self._shift[row])
+        )
+        was_empty = self.is_empty()
+        self.coverage.add(self.coverage.row(row))
+        self.constraints.take(row)
+        self._step += 1
+        if was_empty:  # without a floor the first gain is a sum of similarities; later gains may exceed it
+            self._caps[:] = np.inf
+            if self._optimizer != "sampled":
+                self._gains, self._synced = self.coverage.gains(), self.coverage.best.float()
+        return adds
+
+    def is_empty(self) -> bool:
+        """Whether there is neither a floor nor a pick yet."""
+        return bool((self.coverage.best == -torch.inf).any())
+
+    def evaluate(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Float64 values of rows for the present pick; their similarity rows are kept (at most half of the room)."""
+        missing = np.setdiff1d(rows, self.coverage.kept)
+        if len(missing):
+            others = np.setdiff1d(self.coverage.kept, rows)
+            self.coverage.fetch(missing, others)
+        self._evaluate(rows)
+        return self.value(self._caps[rows], rows)
+
+    def bounds(self) -> NDArray[np.float64]:
+        """What no value exceeds, [n]; -inf where a row may not be taken."""
+        return self._bounds(self.constraints.may_take)
+
+    def _bounds(self, allowed: NDArray[np.bool_]) -> NDArray[np.float64]:
+        values = self.value(np.minimum(self._gains + self._allowance, self._caps))
+        values[~allowed] = -np.inf
+        return values
+
+    def _decide(self, allowed: NDArray[np.bool_]) -> int:
+        """The lowest row whose float64 value is within TIE of the largest; its similarity row is kept."""
+        batch = FIRST_LOOK if self._step == 0 else BATCH
+        if self._optimizer == "lazy":
+            batch = LARGEST_BATCH
+        numbers = np.arange(self.coverage.n)
+        bounds = self._bounds(allowed)
+        while True:
+            is_fresh = (self._evaluated_at == self._step) & allowed
+            fresh = np.flatnonzero(is_fresh)
+            if len(fresh):
+                values = bounds[fresh]
+                best = values.max()
+                slack = TIE * abs(best)
+                winner = int(fresh[np.flatnonzero(values >= best - slack)[0]])
+                can_win = (bounds - slack > bounds[winner]) | ((bounds >= best - slack) & (numbers < winner))
+                contenders = np.flatnonzero(can_win & ~is_fresh)
+                if not len(contenders):
+                    if winner in self.coverage.kept:
+                        return winner
+                    contenders = np.array([winner])
+            else:
+                contenders = np.flatnonzero(allowed & (bounds == bounds.max()))
+            kept = np.intersect1d(contenders, self.coverage.kept, assume_unique=True)
+            if len(kept):
+                if len(kept) > LARGEST_BATCH:
+                    kept = kept[_largest(bounds[kept], LARGEST_BATCH)]
+                self._evaluate(kept)
+            elif len(fresh) and self._is_worth_syncing(len(contenders)):
+                self._sync()
+            else:
+                self._fetch(contenders, bounds, allowed, batch)
+                batch = min(2 * batch, LARGEST_BATCH)
+            bounds = self._bounds(allowed)
+
+    def _is_worth_syncing(self, contenders: int) -> bool:
+        if self._optimizer != "auto":
+            return False
+        moved = int((self.coverage.best.float() > self._synced).sum())
+        if self.coverage.is_symmetric:
+            moved = min(moved, self.coverage.m // 2)
+        return moved > 0 and self._spent + CALL_COLUMNS + ROW_COLUMNS * contenders > moved
+
+    def _fetch(
+        self, contenders: NDArray[np.int64], bounds: NDArray[np.float64], allowed: NDArray[np.bool_], batch: int
+    ) -> None:
+        """Fetch the contenders with the largest bounds, and the rows next to them: reading the points costs most."""
+        coverage = self.coverage
+        batch = min(batch, coverage.room // 2 or 1)
+        kept = coverage.kept
+        wanted = contenders[_largest(bounds[contenders], batch)]
+        if len(wanted) < batch:
+            others = bounds.copy()
+            others[wanted], others[kept] = -np.inf, -np.inf
+            others[self._evaluated_at == self._step] = -np.inf
+            more = _largest(others, batch - len(wanted))
+            wanted = np.concatenate([wanted, more[others[more] > -np.inf]])
+        coverage.fetch(wanted, kept[np.argsort(bounds[kept], kind="stable")])
+        self._spent += CALL_COLUMNS + ROW_COLUMNS * len(wanted)
+        self._evaluate(wanted)
+
+    def _evaluate(self, rows: NDArray[np.int64]) -> None:
+        exact = self.coverage.exact_gains(rows)
+        above = exact - self._gains[rows]
+        # Stale gains are bounds only: falling below them is no error.
+        is_current = torch.equal(self._synced, self.coverage.best.float())
+        error = float((np.abs(above) if is_current else above).max())
+        if np.isfinite(error):
+            self._allowance = max(self._allowance, SAFETY * error)
+        self._caps[rows], self._evaluated_at[rows] = exact, self._step
+
+    def _sync(self) -> None:
+        """Bring the maintained gains up to date with every pick so far."""
+        coverage, best = self.coverage, self.coverage.best.float()
+        moved = torch.nonzero(best > self._synced)[:, 0]
+        self._spent = 0.0
+        if self._optimizer == "naive" or (coverage.is_symmetric and len(moved) > coverage.m // 2):
+            self._gains = coverage.gains()
+        elif len(moved):
+            self._gains = self._gains - coverage.losses(moved, self._synced[moved], best[moved])
+        else:
+            return
+        self._synced = best
+        self._allowance *= 0.9  # gains fall, and the error with them
+        self.syncs += 1
+
+    def run(self, stats: dict[str, Any] | None = None) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Pick until nothing may be taken."""
+        picks: list[tuple[int, float]] = []
+        while (found := self.pick()) is not None:
+            picks.append(found)
+        self.report(stats)
+        return np.array([row for row, _ in picks], np.int64), np.array([gain for _, gain in picks], np.float64)
+
+    def report(self, stats: dict[str, Any] | None) -> None:
+        """Counts of what was done."""
+        if stats is not None:
+            stats["passes"] = self.coverage.columns / max(1, self.coverage.m)
+            stats["exact_evaluations"] = self.coverage.fetched
+            stats["syncs"] = self.syncs
+
+
+def _largest(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """Positions of the largest values, largest first, the lowest position first among equals."""
+    if count < len(values):
+        # Everything that reaches the count-th largest value, so that ties are cut by position.
+        least = np.partition(values, len(values) - count)[len(values) - count]
+        found = np.flatnonzero(values >= least)
+    else:
+        found = np.arange(len(values))
+    return found[np.argsort(-values[found], kind="stable")][:count].astype(np.int64)
