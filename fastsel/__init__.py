@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers and editors see; tests/test_public_api.py holds it to the table below
-    from fastsel import io, kernels, selectors
+    from fastsel import io, kernels, metrics, selectors
     from fastsel.errors import FastselError, FastselWarning, InputError, MissingExtraError, RunFailedError, UsageError
     from fastsel.io import open_pool
     from fastsel.methods.ifd import ifd
@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests/test_public_api.p
 
 __version__ = "0.1.0"
 
-_MODULES = ("io", "kernels", "selectors")
+_MODULES = ("io", "kernels", "metrics", "selectors")
 _HOMES = {
     "FastselError": "fastsel.errors",
     "FastselWarning": "fastsel.errors",
@@ -54,6 +54,7 @@ __all__ = [
     "kernels",
     "length",
     "load_model",
+    "metrics",
     "open_pool",
     "perplexity",
     "random",
