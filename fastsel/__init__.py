@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests/test_public_api.p
     from fastsel.errors import FastselError, FastselWarning, InputError, MissingExtraError, RunFailedError, UsageError
     from fastsel.io import open_pool
     from fastsel.methods.ifd import ifd
+    from fastsel.methods.k_center import k_center
     from fastsel.methods.length import length
     from fastsel.methods.perplexity import perplexity
     from fastsel.methods.random import random
@@ -33,6 +34,7 @@ _HOMES = {
     "Selection": "fastsel.selection",
     "UsageError": "fastsel.errors",
     "ifd": "fastsel.methods.ifd",
+    "k_center": "fastsel.methods.k_center",
     "length": "fastsel.methods.length",
     "load_model": "fastsel.models.loading",
     "open_pool": "fastsel.io",
@@ -51,6 +53,7 @@ __all__ = [
     "UsageError",
     "ifd",
     "io",
+    "k_center",
     "kernels",
     "length",
     "load_model",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ __all__ = [
     "Budget",
     "Limits",
     "Selection",
+    "build_in_turn",
     "build_selection",
     "choose",
     "largest_remainder",
@@ -364,6 +365,72 @@ def build_selection(
         provenance=dict(provenance or {}),
         gains=gains,
         clusters=clusters,
+    )
+
+
+class HasVectors(Protocol):
+    """What build_in_turn needs to know of fastsel.features.embeddings.Embeddings."""
+
+    @property
+    def has_vector(self) -> NDArray[np.bool_]:
+        """[n] bool: rows that could be chosen."""
+
+    status: NDArray[np.uint8]
+    reasons: Any
+    n_tokens: NDArray[np.int32] | None
+    timings: dict[str, float]
+    notes: list[str]
+    provenance: dict[str, Any]
+
+
+def build_in_turn(
+    pool: Pool,
+    method: str,
+    embeddings: HasVectors,
+    indices: NDArray[np.int64],
+    gains: NDArray[np.float64],
+    *,
+    budget: Budget,
+    per: Any,
+    seed: int,
+    config: Mapping[str, Any],
+    scores: NDArray[np.float64] | None = None,
+    eligible: NDArray[np.bool_] | None = None,
+    metrics: Mapping[str, NDArray[np.float64]] | None = None,
+    **options: Any,
+) -> Selection:
+    """The Selection of a method that chose rows of an embedded pool one after another.
+
+    Args:
+        pool, method, budget, per, seed, config, metrics: see build_selection.
+        embeddings: the pool's.
+        indices: int64 [k] pool rows in the order of choice.
+        gains: float64 [k], what each pick was worth when it was made.
+        scores: float64 [n]; None takes the gains, so that rows that were not chosen have no score.
+        eligible: bool [n]; None takes the rows with a vector.
+        options: further arguments of build_selection.
+    """
+    gains_n = np.full(len(pool), np.nan)
+    gains_n[indices] = gains
+    return build_selection(
+        pool=pool,
+        method=method,
+        indices=indices,
+        scores=gains_n if scores is None else scores,
+        status=embeddings.status,
+        reasons=embeddings.reasons,
+        n_tokens=embeddings.n_tokens,
+        metrics=metrics or {},
+        config=config,
+        timings=embeddings.timings,
+        seed=seed,
+        notes=embeddings.notes,
+        budget=budget,
+        per=per,
+        eligible=embeddings.has_vector if eligible is None else eligible,
+        provenance=embeddings.provenance,
+        gains=gains_n,
+        **options,
     )
 
 

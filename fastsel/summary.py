@@ -13,6 +13,7 @@ from fastsel.selection import STATUS, Selection
 
 LENGTH_EDGES = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 Rows = Mapping[str, NDArray[np.int64]]
+_GAINS = (("first pick", "first"), ("mean", "mean_kept"), ("last pick", "cut"))
 
 
 def summarize(selection: Selection) -> dict[str, Any]:
@@ -54,14 +55,17 @@ def summarize(selection: Selection) -> dict[str, Any]:
 
 def _scores(selection: Selection) -> dict[str, Any]:
     kept = selection.scores[selection.indices]
+    # Scores that only chosen rows have say nothing about the others.
+    is_of_chosen = selection.gains is not None and not np.any(~np.isnan(selection.scores) & ~selection.selected)
     return {
+        "of_chosen_rows_only": is_of_chosen,
         "higher_is_kept": selection.largest,
         "scored": int(np.count_nonzero(~np.isnan(selection.scores))),
         "first": finite(kept[0]) if len(kept) else None,
         "cut": finite(kept[-1]) if len(kept) else None,
         "mean_kept": mean(kept),
-        "mean_pool": mean(selection.scores),
-        "mean_random": mean(selection.scores[selection.baseline]),
+        "mean_pool": None if is_of_chosen else mean(selection.scores),
+        "mean_random": None if is_of_chosen else mean(selection.scores[selection.baseline]),
     }
 
 
@@ -113,7 +117,7 @@ def _overlap(selection: Selection) -> dict[str, Any]:
         "expected_overlap": round(float(np.sum(chosen * drawn / np.maximum(usable, 1))), 4),
         "overlap": shared,
         "jaccard": round(shared / union, 6) if union else None,
-        "mean_score": mean(selection.scores[selection.baseline]),
+        "mean_score": _scores(selection)["mean_random"],
     }
 
 
@@ -152,10 +156,14 @@ def summary_text(facts: Mapping[str, Any]) -> str:
         where = f" ({', '.join(groups)})" if groups else ""
         unit = unit[:-1] if facts["short_by"] == 1 else unit
         lines.append(_line("short by", f"{facts['short_by']:,} {unit}: the eligible rows ran out{where}"))
-    if scores["cut"] is not None:
-        lines.append(_line("score", f"best {number(scores['first'])}, last kept {number(scores['cut'])}"))
-    means = ", ".join(f"{name} {number(scores[f'mean_{name}'])}" for name in ("kept", "pool", "random"))
-    lines.append(_line("", f"mean: {means}"))
+    if scores["of_chosen_rows_only"]:
+        words = ", ".join(f"{word} {number(scores[key])}" for word, key in _GAINS if scores[key] is not None)
+        lines.append(_line("gain", words))
+    else:
+        if scores["cut"] is not None:
+            lines.append(_line("score", f"best {number(scores['first'])}, last kept {number(scores['cut'])}"))
+        means = ", ".join(f"{name} {number(scores[f'mean_{name}'])}" for name in ("kept", "pool", "random"))
+        lines.append(_line("", f"mean: {means}"))
     rule = (
         f"; {facts['refused']['rows']:,} kept out by the rule: {facts['refused']['rule']}"
         if facts["refused"]["rows"]

@@ -112,6 +112,18 @@ _ROWS = (
         defaults={**_MODEL, "template": "alpaca", **_CHOICE},
     ),
     Method(
+        name="k_center",
+        title="k-center greedy: each pick is the row farthest from all chosen before",
+        venue="Gonzalez 1985; ICLR 2018",
+        task_type="any, no target set",
+        representation="embedding",
+        diversity="farthest first: no row is far from a chosen one",
+        quality="none",
+        defaults={**_EMBED, "metric": "euclidean", **_CHOICE},
+        ready_scores="none",
+        in_turn=True,
+    ),
+    Method(
         name="length",
         title="Longest answers (Long Is More for Alignment)",
         venue="ICML 2024",

@@ -7,7 +7,7 @@ batch that they were in.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -74,6 +74,27 @@ class Embeddings:
     notes: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Put down the seconds of what is done inside."""
+        started = time.perf_counter()
+        yield
+        self.timings[step] = time.perf_counter() - started
+
+    def drop(self, rows: NDArray[np.bool_], reason: str) -> None:
+        """Leave the rows of this mask [n] without a vector.
+
+        Raises:
+            InputError: none is left.
+        """
+        dropped = rows & self.has_vector
+        if dropped.any():
+            self.matrix, self.rows = self.matrix[~rows[self.rows]], self.rows[~rows[self.rows]]
+            self.status[dropped] = SKIPPED
+            self.reasons.add(dropped, reason)
+        if not len(self.rows):
+            raise InputError(f"no row is left to choose from: {reason}")
+
     @property
     def has_vector(self) -> NDArray[np.bool_]:
         """Bool [n]: rows with a vector."""
@@ -86,7 +107,7 @@ def embed_pool(
     pool: "Pool",
     encoder: Any = "bundled",
     *,
-    text: str = "instruction",
+    text: str | RowText = "instruction",
     pooling: str = "auto",
     max_length: int | None = None,
     device: str = "auto",
@@ -114,7 +135,7 @@ def embed_pool(
         InputError: the encoder cannot be used; the store holds something else; a matrix of another length, or with NaN.
         UsageError: an option has no such value; no row is left.
     """
-    row_text = RowText(text)
+    row_text = text if isinstance(text, RowText) else RowText(text)
     if batch_tokens is not None and batch_tokens < 1:
         raise UsageError(f"batch_tokens={batch_tokens} must be at least 1")
     if _is_matrix(encoder):
@@ -130,7 +151,7 @@ def embed_pool(
         "dtype": loaded.dtype,
         "implementation": implementation,
         "implementations": _what_runs(loaded),
-        "text": text,
+        "text": row_text.name,
         "pooling": loaded.pooling,
         "max_length": loaded.max_length,
         "batch_tokens": per_batch,
@@ -165,7 +186,7 @@ def embed_pool(
                     kept.write(shard.start, shard.stop, _content(pool, shard), result)
                 if executor is not None:
                     bar.update(shard.tokens)
-    embeddings = _collect(pool, records, vectors, text, loaded.max_length)
+    embeddings = _collect(pool, records, vectors, row_text.name, loaded.max_length)
     embeddings.timings = {"plan": planned - started, "embed": time.perf_counter() - planned}
     embeddings.provenance = {**options, "forward": loaded.path}
     embeddings.notes = [*loaded.notes]

@@ -1,5 +1,6 @@
 """Which text of a row is embedded."""
 
+import hashlib
 from typing import Any
 
 from fastsel.errors import UsageError
@@ -52,6 +53,35 @@ class RowText:
             "conversation": lambda role: True,
         }[self.name]
         return "\n".join(message.content for message in example.messages if wanted(message.role))
+
+
+class JudgedText(RowText):
+    """A conversation as a reward model reads it: under its chat template, or else its prompt and its answer as a pair.
+
+    The parts of a pair are joined by the tokenizer's separator, or by a line break where it has none.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Args: the reward model's tokenizer."""
+        template = getattr(tokenizer, "chat_template", None)
+        self._tokenizer = tokenizer if template else None
+        self._separator = getattr(tokenizer, "sep_token", None) or "\n"
+        digest = hashlib.sha256(str(template).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        self.name = f"conversation under the chat template {digest}" if template else "prompt and answer as a pair"
+        self._template = None
+
+    def __call__(self, example: Example) -> str:
+        """The text; "" when the template cannot render the conversation."""
+        if self._tokenizer is None:
+            prompt = "\n".join(message.content for message in example.messages[:-1])
+            return prompt + self._separator + example.messages[-1].content
+        turns = [{"role": message.role, "content": message.content} for message in example.messages]
+        try:
+            rendered = str(self._tokenizer.apply_chat_template(turns, tokenize=False))
+        except Exception:  # noqa: BLE001  a template raises whatever it likes
+            return ""
+        start = str(self._tokenizer.bos_token or "")  # the tokenizer puts it there itself
+        return rendered.removeprefix(start)
 
 
 def whole_text(example: Example) -> str:

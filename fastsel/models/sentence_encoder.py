@@ -77,7 +77,7 @@ class SentenceEncoder:
         self.pooling, self.is_normalised, self.max_length = pooling, is_normalised, max_length
         self.device, self.dtype = str(body.device), str(body.dtype).removeprefix("torch.")
         self.d = int(body.config.hidden_size)
-        self._body, self._tokens, self._prompt = body, _Tokens(tokenizer), prompt
+        self._body, self._tokens, self._prompt = body, TokenizerEnds(tokenizer), prompt
         self._linears = PrepackedLinears(body)
         self._first_position: int | None = None
         reason = self._probe()
@@ -179,7 +179,7 @@ class LibraryEncoder:
         self.is_normalised = type(list(model)[-1]).__name__ == "Normalize"
         self.device, self.dtype = str(model.device), str(next(model.parameters()).dtype).removeprefix("torch.")
         self.notes: list[str] = []
-        self._model, self._tokens, self._prompt = model, _Tokens(model.tokenizer), prompt
+        self._model, self._tokens, self._prompt = model, TokenizerEnds(model.tokenizer), prompt
         self.d = self.embed([self.sequence([self._tokens.pad])[0]]).shape[1]
 
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
@@ -199,7 +199,7 @@ class LibraryEncoder:
         return vectors
 
 
-class _Tokens:
+class TokenizerEnds:
     """A transformers tokenizer: bare token ids, and what it puts around them."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -211,6 +211,7 @@ class _Tokens:
         self.pad = int(tokenizer.pad_token_id or 0)
 
     def bare(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, nothing added or cut."""
         if not texts:
             return []
         ids: list[list[int]] = self._tokenizer(
