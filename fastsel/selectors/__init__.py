@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastsel.selectors.max_sum_dispersion import max_sum_dispersion
     from fastsel.selectors.mig import mig
     from fastsel.selectors.repr_filter import repr_filter
+    from fastsel.selectors.novelselect import novelselect
     from fastsel.selectors.top_k import top_k
     from fastsel.selectors.vendi_sample import vendi_sample
 
@@ -27,6 +28,7 @@ _HOMES = {
     "max_sum_dispersion": "fastsel.selectors.max_sum_dispersion",
     "mig": "fastsel.selectors.mig",
     "repr_filter": "fastsel.selectors.repr_filter",
+    "novelselect": "fastsel.selectors.novelselect",
     "top_k": "fastsel.selectors.top_k",
     "vendi_sample": "fastsel.selectors.vendi_sample",
 }
@@ -37,6 +39,7 @@ __all__ = [
     "max_sum_dispersion",
     "mig",
     "repr_filter",
+    "novelselect",
     "top_k",
     "vendi_sample",
 ]
