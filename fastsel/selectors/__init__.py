@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from fastsel.selectors.kmeans_sample import kmeans_sample
     from fastsel.selectors.max_sum_dispersion import max_sum_dispersion
     from fastsel.selectors.mig import mig
-    from fastsel.selectors.repr_filter import repr_filter
     from fastsel.selectors.novelselect import novelselect
+    from fastsel.selectors.repr_filter import repr_filter
     from fastsel.selectors.top_k import top_k
     from fastsel.selectors.vendi_sample import vendi_sample
 
