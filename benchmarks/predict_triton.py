@@ -1,16 +1,20 @@
 """Predicted times of the Triton kernels on GPUs that are not here, from their machine code: python predict_triton.py
 
-Prints one row a case and chip. Nothing is measured; see docs/decisions/0004-triton-proofs-without-a-gpu.md.
+Prints one row a case and chip, or only those of an operation that is named. Nothing is measured;
+see docs/decisions/0004-triton-proofs-without-a-gpu.md.
 """
 
+import sys
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from fastsel.kernels._runtime.triton_launch import Launch, Work
-from fastsel.kernels._runtime.triton_predict import CHIPS, predict
+from fastsel.kernels._runtime.triton_predict import CHIPS, Chip, floor_seconds, predict
 from fastsel.kernels._runtime.triton_proof import compile_launch, machine_code
+from fastsel.kernels.facility_location import gpu_triton as gains
 from fastsel.kernels.linear_token_stats import gpu_triton as stats
 from fastsel.kernels.linear_token_stats.cases import ALL_OUTPUTS
 from fastsel.kernels.tree_attention import gpu_triton as tree
@@ -24,6 +28,17 @@ TREES = {  # query heads, key heads, features of a head
     "SmolLM2-135M": (9, 3, 64),
     "Llama-3-8B": (32, 8, 128),
 }
+
+GAINS = {  # candidates, points, and what else is given
+    "first pass of 1M": (1_000_000, 1_000_000, {}),
+    "first pass of 1M, exp_distance": (1_000_000, 1_000_000, {"similarity": "exp_distance"}),
+    "10,000 of 1M points moved": (1_000_000, 10_000, {"raised": True}),
+    "1,000 of 1M points moved": (1_000_000, 1000, {"raised": True}),
+    "100 of 1M points moved": (1_000_000, 100, {"raised": True}),
+    "16 contenders, 1M points": (16, 1_000_000, {}),
+}
+GAINS_D = 1024
+GREEDY_ROWS, GREEDY_PICKS = 1_000_000, 10_000
 
 
 def pairs_of_passes(number: int = 60) -> Segments:
@@ -43,6 +58,40 @@ def one_prompt_many_answers() -> Segments:
 def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """A tensor without memory."""
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def gains_launch(
+    architecture: str, dtype: torch.dtype, n: int, m: int, raised: bool = False, similarity: str = "dot"
+) -> tuple[Launch, Work]:
+    """One call of facility_location's kernel."""
+    best = meta(m, dtype=torch.float32)
+    matrices = meta(n, GAINS_D, dtype=dtype), meta(m, GAINS_D, dtype=dtype)
+    options = (best, best if raised else None, None, similarity, 1.0)
+    launch = gains.plan(*matrices, *options, architecture=architecture)[1][-1]
+    return launch, gains.work(launch, n, m, GAINS_D)
+
+
+def greedy(chip: Chip, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Predicted seconds of all updates of GREEDY_PICKS greedy picks on random vectors, their floor, and contenders.
+
+    Before pick t n / t points are passed: 1 + ln k passes in all, with the first. Each pick scores 16 contenders.
+    """
+    n = GREEDY_ROWS
+    updates, _ = gains_launch(chip.architecture, dtype, n, n, raised=True)
+    code = machine_code(compile_launch(updates, chip.architecture), chip.architecture)
+    tile = updates.constants["BLOCK_P"]
+    tiles = Counter(-(-n // (t * tile)) for t in range(1, GREEDY_PICKS + 1))
+    seconds = sum(
+        number * predict(code, gains_launch(chip.architecture, dtype, n, count * tile, raised=True)[1], chip).seconds
+        for count, number in tiles.items()
+    )
+    floor = sum(
+        floor_seconds(gains_launch(chip.architecture, dtype, n, -(-n // t), raised=True)[1], chip)
+        for t in range(1, GREEDY_PICKS + 1)
+    )
+    contenders, work = gains_launch(chip.architecture, dtype, 16, n)
+    code = machine_code(compile_launch(contenders, chip.architecture), chip.architecture)
+    return seconds, floor, GREEDY_PICKS * predict(code, work, chip).seconds
 
 
 def launches(architecture: str) -> Iterator[tuple[str, Launch, Work]]:
@@ -65,14 +114,19 @@ def launches(architecture: str) -> Iterator[tuple[str, Launch, Work]]:
                 launch = tree.plan(*options, architecture=architecture)[1][0]
                 label = f"tree_attention, {name}, {shape} ({segments.n_tokens:,} tokens), {kind}"
                 yield label, launch, tree.work(launch, segments, head)
+        for name, (n, m, given) in GAINS.items():
+            yield f"facility_location, {name}, {kind}", *gains_launch(architecture, dtype, n, m, **given)
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     print("| case | chip | predicted | floor | ratio | programs resident | busiest in the loop | between |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, chip in CHIPS.items():
         for label, launch, work in launches(chip.architecture):
+            if not label.startswith(wanted):
+                continue
             code = machine_code(compile_launch(launch, chip.architecture), chip.architecture)
             p = predict(code, work, chip)
             print(
@@ -80,6 +134,14 @@ def main() -> None:
                 f"| {p.programs_resident} | {p.inner_limit} | {p.outer_limit} |",
                 flush=True,
             )
+    if "facility_location".startswith(wanted):
+        print(f"\n| greedy, n = {GREEDY_ROWS:,}, d = {GAINS_D:,}, k = {GREEDY_PICKS:,} | updates | floor | 16 a pick |")
+        print("| --- | --- | --- | --- |")
+        for name, chip in CHIPS.items():
+            for dtype in (torch.bfloat16, torch.float32):
+                updates, floor, contenders = greedy(chip, dtype)
+                kind = str(dtype).removeprefix("torch.")
+                print(f"| {name}, {kind} | {updates:,.1f} s | {floor:,.1f} s | {contenders:,.1f} s |", flush=True)
 
 
 if __name__ == "__main__":
