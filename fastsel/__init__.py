@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests/test_public_api.p
     from fastsel.methods.ifd import ifd
     from fastsel.methods.k_center import k_center
     from fastsel.methods.length import length
+    from fastsel.methods.mig import mig
     from fastsel.methods.perplexity import perplexity
     from fastsel.methods.random import random
     from fastsel.methods.scores import scores
@@ -37,6 +38,7 @@ _HOMES = {
     "k_center": "fastsel.methods.k_center",
     "length": "fastsel.methods.length",
     "load_model": "fastsel.models.loading",
+    "mig": "fastsel.methods.mig",
     "open_pool": "fastsel.io",
     "perplexity": "fastsel.methods.perplexity",
     "random": "fastsel.methods.random",
@@ -58,6 +60,7 @@ __all__ = [
     "length",
     "load_model",
     "metrics",
+    "mig",
     "open_pool",
     "perplexity",
     "random",

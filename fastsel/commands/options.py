@@ -125,6 +125,13 @@ def _paths(raw: Any) -> list[str]:
     return paths
 
 
+def _texts(raw: Any) -> list[str]:
+    words = [word for part in (raw if isinstance(raw, list | tuple) else [raw]) for word in _text(part).split(",")]
+    if not words or not all(words):
+        raise ValueError("wants one or more names")
+    return words
+
+
 def _mapping(raw: Any) -> dict[str, Any]:
     pairs: list[tuple[Any, ...]]
     if isinstance(raw, dict):
@@ -207,13 +214,14 @@ _ROWS = (
     Option("optimizer", CHOICE, "auto (exact), or to approximate it: stochastic, threshold or partitioned",
            _one_of("auto", "incremental", "lazy", "naive", "stochastic", "threshold", "partitioned"), "NAME"),
     Option("metric", CHOICE, "of the distance: " + ", ".join(METRICS), _one_of(*METRICS), "NAME"),
-    Option("clusters", CHOICE, "number of clusters (one for every ten rows of the budget when left out)",
+    Option("clusters", CHOICE, "number of clusters (left out: what the method says)",
            _whole(1), "N"),
     Option("pick", CHOICE, "rows of a cluster: random, or nearest to or farthest from its centre",
            _one_of("random", "nearest", "farthest"), "WHICH"),
     Option("shares", CHOICE, "rows a cluster gives: equal, or proportional to its size",
            _one_of("equal", "proportional"), "HOW"),
-    Option("threshold", CHOICE, "a row is dropped when its cosine to a kept row is above this", _number, "COSINE"),
+    Option("threshold", CHOICE, "cosine above which rows (repr_filter) or labels (mig) are alike",
+           _number, "COSINE"),
     Option("rank_by", CHOICE, "order in which rows are looked at: auto (the score column, else random), score, pool "
            "or random", _one_of("auto", "score", "pool", "random"), "WHAT"),
     Option("quality", CHOICE, "score (the score column), perplexity, or reward (a reward model)",
@@ -221,6 +229,19 @@ _ROWS = (
     Option("alpha", CHOICE, "weight of quality, from 0 (diversity only) to 1", _share, "SHARE"),
     Option("scale", CHOICE, "of diversity and quality before they are added: raw, mean, minmax or zscore",
            _one_of("raw", "mean", "minmax", "zscore"), "HOW"),
+    Option("label_column", CHOICE, "where a row's tags are, as annotation.instag.content", _text, "COLUMN"),
+    Option("quality_columns", CHOICE, "numbers, or one a turn, that are multiplied into a row's quality",
+           _texts, "COLUMN", many=True),
+    Option("valid_tags", CHOICE, "a .json list of the tags that count (all when left out)", _text, "FILE"),
+    Option("propagation", CHOICE, "weight of similar labels beside the label itself; 0 switches it off", _number, "X"),
+    Option("gain", CHOICE, "first_order (the slope) or exact (the difference)", _one_of("first_order", "exact"),
+           "HOW"),
+    Option("phi", CHOICE, "what a label's weight is worth: power ((x + a)^b) or exp (1 - e^(-alpha x))",
+           _one_of("power", "exp"), "CURVE"),
+    Option("phi_a", CHOICE, "a of power: the smaller, the more a label counts that no chosen row has", _number, "A"),
+    Option("phi_b", CHOICE, "b of power, at most 1", _number, "B"),
+    Option("phi_alpha", CHOICE, "alpha of exp", _number, "X"),
+    Option("norm", CHOICE, "divide a row's quality by the number of its tags", _yes_no),
     Option("seed", CHOICE, "for what is drawn at random", _whole(0), "N", default=0),
     Option("model", MODEL, "bundled, a Hugging Face id, a folder, a .gguf file, or a peft adapter folder",
            _text, "MODEL"),

@@ -38,13 +38,21 @@ class CompressedRows:
     def __len__(self) -> int:
         return len(self.indptr) - 1
 
+    def __getitem__(self, rows: NDArray[np.int64]) -> "CompressedRows":
+        """The rows with these numbers, in the order asked."""
+        lengths = np.diff(self.indptr)[rows]
+        indptr = np.concatenate([[0], np.cumsum(lengths)])
+        at = np.arange(indptr[-1]) + np.repeat(self.indptr[rows] - indptr[:-1], lengths)
+        return replace(self, indptr=indptr, indices=self.indices[at], values=self.values[at])
+
 
 def read_compressed(matrix: Any, name: str, n_columns: int | None = None) -> tuple[CompressedRows, torch.device]:
     """Read sparse rows in any usual form.
 
     Args:
-        matrix: (indptr, indices, values or None for ones) of numpy or torch arrays; a scipy sparse matrix; a torch
-            sparse tensor; or a dense matrix [n, columns] of numpy (mapped files too) or torch, read in blocks.
+        matrix: CompressedRows; (indptr, indices, values or None for ones) of numpy or torch arrays; a scipy sparse
+            matrix; a torch sparse tensor; or a dense matrix [n, columns] of numpy (mapped files too) or torch, read in
+            blocks.
         name: of the argument, for messages.
         n_columns: how many columns there are, where the form does not say; the largest index + 1 when None.
 
@@ -55,6 +63,8 @@ def read_compressed(matrix: Any, name: str, n_columns: int | None = None) -> tup
         UsageError: none of these forms, or pieces that do not fit together.
     """
     device = torch.device("cpu")
+    if isinstance(matrix, CompressedRows):
+        return matrix, device
     if isinstance(matrix, torch.Tensor):
         device = matrix.device
         if matrix.layout in (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc):
