@@ -149,8 +149,8 @@ def one_label_a_row(pool: "Pool", embeddings: Embeddings, labels: NDArray[np.int
     rows, status, reasons = embeddings.rows, embeddings.status.copy(), dict(embeddings.reasons)
     quality = np.ones(len(rows)) if pool.scores is None else pool.scores[rows]
     is_usable = quality >= 0
-    for row in rows[~is_usable].tolist():
-        status[row], reasons[row] = SKIPPED, f"its quality is {float(pool.scores[row])}, which is below 0"
+    for row, value in zip(rows[~is_usable].tolist(), quality[~is_usable].tolist(), strict=True):
+        status[row], reasons[row] = SKIPPED, f"its quality is {value}, not a finite number of at least 0"
     rows, labels, quality = rows[is_usable], labels[is_usable], quality[is_usable]
     names = [f"cluster {number}" for number in range(int(labels.max(initial=-1)) + 1)]
     return Labels(

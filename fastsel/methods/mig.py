@@ -83,7 +83,7 @@ def mig(
     """
     pool = open_pool(pool)
     budget = read_budget(budget, pool, per)
-    embedding = {"pooling": pooling, "max_length": max_length, "device": device, "dtype": dtype}
+    embedding: dict[str, Any] = {"pooling": pooling, "max_length": max_length, "device": device, "dtype": dtype}
     embedding |= {"batch_tokens": batch_tokens, "implementation": implementation, "progress": progress}
     by_cluster = clusters is not None or not carries(pool, label_column)
     if by_cluster and official:
