@@ -18,14 +18,22 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from fastsel import __version__
-from fastsel.commands.arguments import ABOUT, demo_parser, doctor_parser, methods_parser, parse, run_parser
+from fastsel.commands.arguments import (
+    ABOUT,
+    demo_parser,
+    doctor_parser,
+    methods_parser,
+    metrics_parser,
+    parse,
+    run_parser,
+)
 from fastsel.commands.catalogue import METHODS
 from fastsel.commands.config import resolve
 from fastsel.commands.console import Console, table
 from fastsel.errors import FastselError, RunFailedError, UsageError
 
 SHORT_OF_BUDGET, TERMINATED, INTERRUPTED = 3, 75, 130
-COMMANDS = ("select", "score", "methods", "doctor", "demo")
+COMMANDS = ("select", "score", "metrics", "methods", "doctor", "demo")
 logger = logging.getLogger("fastsel")
 
 
@@ -87,6 +95,22 @@ def _methods(given: dict[str, Any]) -> int:
     for row in METHODS.values():
         print(f"{row.name}: {row.title}")
     print("\nThe defaults of one: fastsel select METHOD --help")
+    return 0
+
+
+def _metrics(given: dict[str, Any]) -> int:
+    if "subset" not in given or given["subset"] is None:
+        raise UsageError("which subset? fastsel metrics SUBSET --reference POOL")
+    from fastsel.commands.metrics import measure, write
+
+    own = ("subset", "metrics", "output", "progress", "json", "quiet", "verbose")
+    names = given["metrics"].split(",") if "metrics" in given else None
+    options = {name: value for name, value in given.items() if name not in own}
+    measurements = measure(given["subset"], metrics=names, progress=_progress(given), **options)
+    if "output" in given:
+        write(measurements, given["output"])
+    width = max(100, shutil.get_terminal_size().columns)
+    print(json.dumps(measurements.as_dict()) if given.get("json") else measurements.as_text(width))
     return 0
 
 
@@ -166,6 +190,8 @@ def _command(words: list[str], console: Console) -> int:
         return _run(command, words[1:], console, given, method)
     if command == "methods":
         return _methods(parse(methods_parser(), rest))
+    if command == "metrics":
+        return _metrics(parse(metrics_parser(), rest))
     if command == "doctor":
         return _doctor(parse(doctor_parser(), rest))
     if command == "demo":

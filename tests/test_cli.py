@@ -60,7 +60,7 @@ def test_nothing_at_all_is_bad_usage_and_shows_the_help(capsys):
     assert code == 2 and out == "" and "fastsel COMMAND --help" in err
 
 
-@pytest.mark.parametrize("command", ["select", "score", "methods", "doctor", "demo"])
+@pytest.mark.parametrize("command", ["select", "score", "metrics", "methods", "doctor", "demo"])
 def test_each_command_has_help(command, capsys):
     code, out, err = run(capsys, command, "--help")
     assert code == 0 and err == "" and out.startswith(f"usage: fastsel {command}")
@@ -96,6 +96,10 @@ def test_version(capsys):
         (["select", "random", "--pool", "pool.jsonl", "-o", "o", "--template", "none"], "does not apply to random"),
         (["select", "--from", "nowhere", "-o", "o"], "--from nowhere: no finished run is there"),
         (["select", "random", "--config", "nowhere.yaml"], "--config nowhere.yaml: No such file"),
+        (["metrics"], "which subset? fastsel metrics SUBSET --reference POOL"),
+        (["metrics", "pool.jsonl", "--metrics", "vendy"], "there is no metric 'vendy'; the metrics are: ttr, vocd_d"),
+        (["metrics", "pool.jsonl", "--metrics", "partition_entropy"], "name one with --reference POOL"),
+        (["metrics", "missing.jsonl", "--metrics", "ttr"], "missing.jsonl"),
         (["doctor", "--kernel", "matmul"], "there is no kernel 'matmul'; the kernels are:"),
     ],
 )

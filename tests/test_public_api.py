@@ -57,7 +57,13 @@ def test_operations_resolve_from_the_package_alone(operation, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", [["-c", "import fastsel"], ["-m", "fastsel", "--help"], ["-m", "fastsel", "select", "ifd", "--help"]]
+    "command",
+    [
+        ["-c", "import fastsel"],
+        ["-m", "fastsel", "--help"],
+        ["-m", "fastsel", "select", "ifd", "--help"],
+        ["-m", "fastsel", "metrics", "--help"],
+    ],
 )
 def test_importing_and_helping_take_under_a_second_and_no_heavy_package(command):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -21,6 +21,7 @@ fastsel picks the examples worth training on.
 commands
   select METHOD   score the rows of a pool, choose, and write the chosen rows with a record of why
   score METHOD    score the rows only; choose later with `fastsel select --from RUN`
+  metrics SUBSET  how diverse a subset is, beside random draws of the same size
   methods         the table of methods
   doctor          which implementation of each kernel runs on this machine, and why not the others
   demo            the first thing to try; offline, writes ./fastsel_demo
@@ -32,6 +33,7 @@ budget, 130 and 75 interrupted (run the same command again to go on).
 ABOUT_COMMAND = {
     "select": "Score the rows of a pool, choose some, and write them with a record of why.",
     "score": "Score the rows of a pool without choosing; `fastsel select --from RUN` chooses later.",
+    "metrics": "How diverse a subset is: its value by each metric, beside random draws of the same size, and the cost.",
     "methods": "The methods, what each looks at, and where it comes from.",
     "doctor": "What will run on this machine, and why not something faster.",
     "demo": "Choose a tenth of a bundled pool by IFD with a real language model, offline.",
@@ -139,6 +141,33 @@ def doctor_parser() -> _Parser:
     parser.add_argument("--slow", action="store_true", help="with --check: the large cases too (minutes on a CPU)")
     parser.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:1 (default: auto)")
     parser.add_argument("--kernel", metavar="NAME", help="only this kernel")
+    _add_talk(parser)
+    return parser
+
+
+def metrics_parser() -> _Parser:
+    """Flags of `fastsel metrics`."""
+    parser = _parser("metrics", "fastsel metrics SUBSET --reference POOL [flags]")
+    parser.add_argument(
+        "subset",
+        nargs="?",
+        metavar="SUBSET",
+        help="a file of rows such as selected.jsonl, a run's folder, or a .npy of row numbers of the reference",
+    )
+    parser.add_argument("--reference", metavar="POOL", help="the pool that random draws and coverage are taken from")
+    parser.add_argument("--metrics", metavar="A,B", help="some of them, by name (default: all)")
+    parser.add_argument(
+        "--encoder", metavar="ENCODER", help=OPTIONS["encoder"].help + ", a row for each of the reference"
+    )
+    parser.add_argument(
+        "--text",
+        metavar="WHICH",
+        help="what is embedded and whose words count: instruction (default), answer, conversation",
+    )
+    parser.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:1 (default: auto)")
+    parser.add_argument("--draws", type=int, metavar="N", help="random draws to measure beside (default: 5)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the draws (default: 0)")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the result there too, as JSON")
     _add_talk(parser)
     return parser
 
