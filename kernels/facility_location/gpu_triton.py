@@ -369,16 +369,16 @@ def compute(
     """See api.facility_location."""
     is_unset = best == -torch.inf
     number = int(is_unset.sum())
-    if number in (0, len(best)):
-        groups = [(slice(None), number == 0)]
-    else:
-        groups = [(~is_unset, True), (is_unset, False)]
-    gains = candidates.new_zeros(len(candidates), dtype=torch.float64)
-    for rows, has_floor in groups:
-        some = (points[rows], *(None if x is None else x[rows] for x in (best, raised, weights)))
-        options = {"architecture": triton_architecture(candidates), "has_floor": has_floor}
-        partial, launches = plan(candidates, *some, similarity, gamma, **options)
-        for launch in launches:
-            launch.run()
-        gains += partial.sum(0)
-    return gains
+    if 0 < number < len(best):
+        gains = torch.zeros(len(candidates), dtype=torch.float64, device=candidates.device)
+        for rows in (is_unset, ~is_unset):
+            some_raised, some_weights = (None if x is None else x[rows] for x in (raised, weights))
+            gains += compute(candidates, points[rows], best[rows], some_raised, some_weights, similarity, gamma)
+        return gains
+    partial, launches = plan(
+        candidates, points, best, raised, weights, similarity, gamma,
+        architecture=triton_architecture(candidates), has_floor=number == 0,
+    )  # fmt: skip
+    for launch in launches:
+        launch.run()
+    return partial.sum(0)
