@@ -12,12 +12,16 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests/test_public_api.p
     from fastsel import io, kernels, metrics, selectors
     from fastsel.errors import FastselError, FastselWarning, InputError, MissingExtraError, RunFailedError, UsageError
     from fastsel.io import open_pool
+    from fastsel.methods.facility_location import facility_location
     from fastsel.methods.ifd import ifd
     from fastsel.methods.k_center import k_center
+    from fastsel.methods.kmeans import kmeans
     from fastsel.methods.length import length
     from fastsel.methods.mig import mig
     from fastsel.methods.perplexity import perplexity
+    from fastsel.methods.qdit import qdit
     from fastsel.methods.random import random
+    from fastsel.methods.repr_filter import repr_filter
     from fastsel.methods.scores import scores
     from fastsel.methods.superfiltering import superfiltering
     from fastsel.models.loading import load_model
@@ -34,14 +38,18 @@ _HOMES = {
     "RunFailedError": "fastsel.errors",
     "Selection": "fastsel.selection",
     "UsageError": "fastsel.errors",
+    "facility_location": "fastsel.methods.facility_location",
     "ifd": "fastsel.methods.ifd",
     "k_center": "fastsel.methods.k_center",
+    "kmeans": "fastsel.methods.kmeans",
     "length": "fastsel.methods.length",
     "load_model": "fastsel.models.loading",
     "mig": "fastsel.methods.mig",
     "open_pool": "fastsel.io",
     "perplexity": "fastsel.methods.perplexity",
+    "qdit": "fastsel.methods.qdit",
     "random": "fastsel.methods.random",
+    "repr_filter": "fastsel.methods.repr_filter",
     "scores": "fastsel.methods.scores",
     "superfiltering": "fastsel.methods.superfiltering",
 }
@@ -53,17 +61,21 @@ __all__ = [
     "RunFailedError",
     "Selection",
     "UsageError",
+    "facility_location",
     "ifd",
     "io",
     "k_center",
     "kernels",
+    "kmeans",
     "length",
     "load_model",
     "metrics",
     "mig",
     "open_pool",
     "perplexity",
+    "qdit",
     "random",
+    "repr_filter",
     "scores",
     "selectors",
     "superfiltering",
