@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests/test_public_api.p
     from fastsel import io, kernels, metrics, selectors
     from fastsel.errors import FastselError, FastselWarning, InputError, MissingExtraError, RunFailedError, UsageError
     from fastsel.io import open_pool
+    from fastsel.methods.diverse_evol import diverse_evol
     from fastsel.methods.facility_location import facility_location
     from fastsel.methods.ifd import ifd
     from fastsel.methods.k_center import k_center
@@ -38,6 +39,7 @@ _HOMES = {
     "RunFailedError": "fastsel.errors",
     "Selection": "fastsel.selection",
     "UsageError": "fastsel.errors",
+    "diverse_evol": "fastsel.methods.diverse_evol",
     "facility_location": "fastsel.methods.facility_location",
     "ifd": "fastsel.methods.ifd",
     "k_center": "fastsel.methods.k_center",
@@ -61,6 +63,7 @@ __all__ = [
     "RunFailedError",
     "Selection",
     "UsageError",
+    "diverse_evol",
     "facility_location",
     "ifd",
     "io",
