@@ -84,7 +84,7 @@ def diverse_evol(
             training = adapted(
                 loaded, _sequences(pool, loaded, labelled, max_length), rank=lora_rank, epochs=epochs,
                 learning_rate=learning_rate, seed=seed,
-            ) if learns and len(labelled) < wanted else nullcontext(encoder if loaded is None else loaded)  # fmt: skip
+            ) if loaded and learns and len(labelled) < wanted else nullcontext(loaded or encoder)  # fmt: skip
             with training as trained:
                 embeddings = embed_pool(
                     pool, trained, text="template:alpaca", max_length=max_length, device=device, dtype=dtype,

@@ -93,7 +93,7 @@ def _train(
             of_step = [sequences[i] for i in order[start : start + rows]]
             n_learnt = sum(len(ids) - max(1, first) for ids, first in of_step)
             for at in range(0, len(of_step), _ROWS_AT_ONCE):
-                _loss(adapter, loaded, of_step[at : at + _ROWS_AT_ONCE], n_learnt).backward()
+                torch.autograd.backward(_loss(adapter, loaded, of_step[at : at + _ROWS_AT_ONCE], n_learnt))
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             step += 1

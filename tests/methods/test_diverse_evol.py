@@ -129,7 +129,7 @@ def test_an_adapter_lowers_the_loss_of_what_it_is_trained_on(kind, tiny):
 
 
 def test_only_answers_are_learnt_and_padding_is_not(tiny):
-    """The loss of a batch against log-softmax by hand, each sequence alone: tokens from `first` on, over all of them."""
+    """The loss of a batch against log-softmax by hand, each sequence alone: tokens from `first` on, over all."""
     loaded = load_model(tiny("llama"))
     batch = [([5, 6, 7, 8, 9], 3), ([10, 11], 1), ([12, 13, 14, 15, 16, 17, 18], 6)]
     expected = 0.0
