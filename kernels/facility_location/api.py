@@ -8,6 +8,7 @@ from fastsel.kernels.facility_location import cpu_native
 from fastsel.kernels.facility_location.packed import PackedCandidates
 
 IMPLEMENTATIONS = {  # tried in this order
+    "triton": "fastsel.kernels.facility_location.gpu_triton",
     "native": "fastsel.kernels.facility_location.cpu_native",
     "torch": "fastsel.kernels.facility_location.torch_blocked",
     "reference": "fastsel.kernels.facility_location.reference",
