@@ -194,12 +194,16 @@ def embed_pool(
 
 
 def _what_runs(encoder: Encoder) -> dict[str, str]:
-    """Kernel -> the code that runs it for this encoder here: it decides the last bits."""
+    """Kernel -> the code that runs it for this encoder here, and torch: they decide the last bits."""
+    if encoder.path == "table":
+        return {}
+    from fastsel.features.answer_scorer import torch_build
+
     sequence, _ = encoder.sequence(encoder.tokenise(["a"])[0])
     with recording() as ran:
         if sequence:
             encoder.embed([sequence])
-    return ran
+    return {**ran, "torch": torch_build()}
 
 
 def embed_texts(

@@ -148,6 +148,10 @@ class PackedForward:
                 stacklevel=2,
             )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process is sent the model and makes, and checks, a forward of its own."""
+        return PackedForward, (self.loaded, self.implementation)
+
     def hidden_states(self, batch: PackedBatch, rows: torch.Tensor) -> torch.Tensor:
         """Hidden states [r, d] after the final norm, of the packed rows asked for, in their order.
 

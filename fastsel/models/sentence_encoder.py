@@ -70,9 +70,6 @@ class SentenceEncoder:
         prompt: str = "",
     ) -> None:
         """Args: a transformers encoder in evaluation mode, its tokenizer, and what the attributes say."""
-        from transformers import AttentionInterface
-
-        AttentionInterface.register(ATTENTION_NAME, _attention)
         self.name, self.revision, self.fingerprint = name, revision, fingerprint
         self.pooling, self.is_normalised, self.max_length = pooling, is_normalised, max_length
         self.device, self.dtype = str(body.device), str(body.dtype).removeprefix("torch.")
@@ -137,6 +134,9 @@ class SentenceEncoder:
 
     @contextlib.contextmanager
     def _switched(self, groups: list[tuple[int, int]]) -> Iterator[None]:
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(ATTENTION_NAME, _attention)  # each time: another process may have been sent this
         before = self._body.config._attn_implementation
         self._body.set_attn_implementation(ATTENTION_NAME)
         token = _groups.set(groups)
