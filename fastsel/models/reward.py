@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastsel.errors import InputError, UsageError
-from fastsel.models.encoders import checked_max_length, folder_fingerprint
+from fastsel.models.encoders import Reloaded, checked_max_length, folder_fingerprint
 from fastsel.models.loading import (
     DTYPES,
     hub_snapshot,
@@ -27,7 +27,7 @@ from fastsel.models.sentence_encoder import TokenizerEnds
 MAX_LENGTH = 2048
 
 
-class RewardModel:
+class RewardModel(Reloaded):
     """See fastsel.models.encoders.Encoder; embed() gives [b, 1]."""
 
     pooling, path, is_normalised, d = "its own", "padded", False, 1
@@ -84,6 +84,8 @@ class RewardModel:
         most = int(getattr(self._body.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
         self.max_length = checked_max_length(max_length, MAX_LENGTH, most, self.name)
         self.notes: list[str] = []
+        options = {"max_length": max_length, "device": device, "dtype": dtype, "offline": offline}
+        self.origin = (RewardModel, {"model": self.name, **options})
 
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         """See Encoder; the marks of a chat template become its special tokens."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from fastsel.errors import InputError, UsageError
-from fastsel.models.encoders import checked_max_length, folder_fingerprint, read_json
+from fastsel.models.encoders import Reloaded, checked_max_length, folder_fingerprint, read_json
 from fastsel.models.loading import DTYPES, quiet_transformers, refuse_pickles, require, resolve_device
 from fastsel.models.prepacked import ROWS_MULTIPLE, PrepackedLinears
 
@@ -53,7 +53,7 @@ def _attention(
     return torch.cat(pieces)[None], None
 
 
-class SentenceEncoder:
+class SentenceEncoder(Reloaded):
     """See fastsel.models.encoders.Encoder."""
 
     def __init__(
@@ -169,7 +169,7 @@ class SentenceEncoder:
         return reason
 
 
-class LibraryEncoder:
+class LibraryEncoder(Reloaded):
     """A model whose modules sentence-transformers runs itself, over padded batches; see encoders.Encoder."""
 
     def __init__(self, model: Any, *, name: str, revision: str | None, fingerprint: str, max_length: int, prompt: str):

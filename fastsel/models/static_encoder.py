@@ -7,11 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastsel.errors import InputError, UsageError
-from fastsel.models.encoders import checked_max_length, folder_fingerprint
+from fastsel.models.encoders import Reloaded, checked_max_length, folder_fingerprint
 from fastsel.models.loading import require
 
 
-class StaticEncoder:
+class StaticEncoder(Reloaded):
     """See fastsel.models.encoders.Encoder; tokens that the vocabulary does not know count for nothing."""
 
     revision: str | None

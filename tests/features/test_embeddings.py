@@ -12,7 +12,7 @@ from fastsel.features import batches, embeddings
 from fastsel.features.embeddings import embed_pool, embed_texts
 from fastsel.features.row_texts import RowText
 from fastsel.io import bundled_pool_path, open_pool
-from fastsel.models.encoders import bundled_folder, load_encoder
+from fastsel.models.encoders import bundled_folder, load_encoder, load_same
 
 N_ROWS = 16
 ROWS = [
@@ -143,6 +143,25 @@ def test_interrupted_and_resumed_equals_uninterrupted(pool, bundled, tmp_path, m
     assert resumed.matrix.tobytes() == whole.matrix.tobytes()
     for file in sorted((tmp_path / "whole").iterdir()):
         assert file.read_bytes() == (tmp_path / "parts" / file.name).read_bytes(), file.name
+
+
+def test_other_processes_load_the_same_encoder(pool, expected):
+    from fastsel.executors import LocalProcesses
+
+    got = embed(pool, "bundled", executor=LocalProcesses(1))
+    np.testing.assert_allclose(got.matrix, expected.matrix, atol=2e-6)
+
+
+def test_refuses_another_encoder_under_the_same_name(bundled):
+    import pickle
+
+    from fastsel.errors import RunFailedError
+
+    make, options = bundled.origin
+    assert (make, options["encoder"]) == (load_encoder, "bundled")
+    assert pickle.loads(pickle.dumps(bundled)).fingerprint == bundled.fingerprint
+    with pytest.raises(RunFailedError, match="its weights differ"):
+        load_same(make, options, "0" * 32)
 
 
 def test_refuses_a_store_of_other_options(bundled, tmp_path):
