@@ -26,6 +26,7 @@ class Coverage:
         columns: points passed to all candidates so far, and m / n for each row fetched: `columns / m` is the number of
             passes over all pairs (a pass whose other half follows by symmetry counts half).
         fetched: similarity rows made in float64.
+        in_bytes: whether gains come from rows rounded to bytes, three times as fast (where the processor can).
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Coverage:
         self._centred: dict[Rows, torch.Tensor] = {}
         self._is_streamed = candidates.is_mapped or points.is_mapped
         self._packed: torch.Tensor | PackedCandidates | None = None
+        self.in_bytes = self._similarity == "dot" and not self._is_streamed
         slots = min(self.n, max(32, CACHE_BYTES // (8 * max(1, self.m))))
         self._kept = torch.zeros(slots, self.m, dtype=torch.float64, device=self.device)
         self._row_in_slot = np.full(slots, -1)
@@ -71,6 +73,10 @@ class Coverage:
         """By how much each candidate's gain fell when the best of these points (numbers) rose; float32 [len(moved)]."""
         self.columns += len(moved)
         return self._sums(moved, before, after)
+
+    def leave_bytes(self) -> None:
+        """From now on gains come from float32 rows; they have to be made from scratch."""
+        self.in_bytes, self._packed = False, None
 
     def fetch(self, rows: NDArray[np.int64], least_wanted: NDArray[np.int64]) -> None:
         """Make the float64 similarity rows of these candidates and keep them, in place of the least wanted ones.
@@ -144,7 +150,9 @@ class Coverage:
         if not self._is_streamed:
             if self._packed is None:
                 whole = self._float32(self.candidates, slice(0, self.n))
-                self._packed = pack_candidates(whole) if self._implementation in ("auto", "native") else whole
+                can_pack = self._implementation in ("auto", "native")
+                self._packed = pack_candidates(whole, in_bytes=self.in_bytes) if can_pack else whole
+                self.in_bytes = isinstance(self._packed, PackedCandidates) and self._packed.in_bytes
             yield 0, self._packed
             return
         for start in range(0, self.n, BLOCK_ROWS):

@@ -7,8 +7,11 @@ bound reaches the best of them. How bounds are kept current is all in which the 
     naive        all gains from scratch before each pick
     incremental  after each pick, minus what it took from them: only points whose best similarity rose are passed
     lazy         never: stale bounds, contenders evaluated in growing batches
-    auto         whichever is less work at each pick: contenders are evaluated while those that stale bounds let in
-                 cost less than bringing all bounds up to date for the points that moved since they last were
+    auto         incremental, but not while candidates whose similarities are at hand beat every stale bound: then
+                 several picks share one update
+
+Maintained gains may come from rows rounded to bytes, at a third of the time. That lets more contenders in, and where
+evaluating them costs more than is saved, float32 rows are taken from there on.
 
 The error of maintained gains is not bounded by theory (worst-case bounds of float32 sums are a thousand times what
 occurs) but measured: whenever a candidate is evaluated while bounds are current, the difference is known, and eight
@@ -28,8 +31,10 @@ TIE = 1e-9  # relative: gains that differ by less are equal, and the lowest row 
 SAFETY = 8.0
 FIRST_LOOK = 16  # contenders evaluated before the first pick, which measure the error of the maintained gains
 BATCH, LARGEST_BATCH = 8, 64
-# Columns that bringing bounds up to date could pass in the time of fetching: a call, and each row (measured.md).
-CALL_COLUMNS, ROW_COLUMNS = 40.0, 2.0
+STALE_LOOKS = 8  # kept contenders evaluated against stale bounds, before these are brought up to date
+# In columns of float32 updates: the time of fetching, for a call and for each row, and what a column in bytes saves.
+CALL_COLUMNS, ROW_COLUMNS, BYTES_SAVE = 40.0, 2.0, 0.7
+REVIEW_PICKS = 16  # how often it is asked whether bytes pay
 
 
 class ExactGreedy:
@@ -53,12 +58,12 @@ class ExactGreedy:
         self._caps = np.full(n, np.inf)  # the last float64 gain of each candidate
         self._evaluated_at = np.full(n, -1)  # the pick before which that was
         self._step, self.syncs = 0, 0
-        self._spent = 0.0  # columns that fetching cost since the last sync
+        self._excess = self._saved = 0.0  # columns since the last review: fetched beyond a pick's first, saved by bytes
         # "sampled" knows no gain before it is asked for: a pass over all pairs is what sampling avoids.
-        self._gains = np.full(n, np.inf) if optimizer == "sampled" else coverage.gains()
-        self._synced = coverage.best.float()
-        largest = float(np.abs(self._gains).max(initial=0.0))
-        self._allowance = 1e-6 * largest if np.isfinite(largest) else 0.0
+        self._gains, self._synced, self._allowance = np.full(n, np.inf), coverage.best.float(), 0.0
+        self._is_current = True  # the maintained gains know every pick
+        if optimizer != "sampled":
+            self._restart()
 
     def value(self, gains: NDArray[np.float64], rows: NDArray[np.int64] | slice = slice(None)) -> NDArray[np.float64]:
         """What a pick is judged by: (1 - alpha) gain + alpha quality, over the cost where there are costs."""
@@ -74,6 +79,8 @@ class ExactGreedy:
         allowed = self.constraints.may_take if among is None else self.constraints.may_take & among
         if not allowed.any():
             return None
+        if self.coverage.in_bytes and self._step % REVIEW_PICKS == 0:
+            self._review()
         if self._optimizer in ("naive", "incremental"):
             self._sync()
         winner = self._decide(allowed)
@@ -89,10 +96,11 @@ class ExactGreedy:
         self.coverage.add(self.coverage.row(row))
         self.constraints.take(row)
         self._step += 1
+        self._is_current = False
         if was_empty:  # without a floor the first gain is a sum of similarities; later gains may exceed it
             self._caps[:] = np.inf
             if self._optimizer != "sampled":
-                self._gains, self._synced = self.coverage.gains(), self.coverage.best.float()
+                self._restart()
         return adds
 
     def is_empty(self) -> bool:
@@ -141,24 +149,29 @@ class ExactGreedy:
             else:
                 contenders = np.flatnonzero(allowed & (bounds == bounds.max()))
             kept = np.intersect1d(contenders, self.coverage.kept, assume_unique=True)
-            if len(kept):
+            if self._optimizer == "auto" and not self._is_current and not 0 < len(kept) <= STALE_LOOKS:
+                self._sync()
+            elif len(kept):
                 if len(kept) > LARGEST_BATCH:
                     kept = kept[_largest(bounds[kept], LARGEST_BATCH)]
                 self._evaluate(kept)
-            elif len(fresh) and self._is_worth_syncing(len(contenders)):
-                self._sync()
             else:
                 self._fetch(contenders, bounds, allowed, batch)
                 batch = min(2 * batch, LARGEST_BATCH)
             bounds = self._bounds(allowed)
 
-    def _is_worth_syncing(self, contenders: int) -> bool:
-        if self._optimizer != "auto":
-            return False
-        moved = int((self.coverage.best.float() > self._synced).sum())
-        if self.coverage.is_symmetric:
-            moved = min(moved, self.coverage.m // 2)
-        return moved > 0 and self._spent + CALL_COLUMNS + ROW_COLUMNS * contenders > moved
+    def _review(self) -> None:
+        """Leave bytes where the contenders that their error lets in cost more than they save."""
+        loss = (self._excess - self._saved) / REVIEW_PICKS
+        if loss * min(self.constraints.room, self.coverage.n) > self.coverage.m / 2:
+            self.coverage.leave_bytes()
+            self._restart()
+        self._excess = self._saved = 0.0
+
+    def _restart(self) -> None:
+        """Maintained gains from scratch; their error is to be measured anew."""
+        self._gains, self._synced, self._is_current = self.coverage.gains(), self.coverage.best.float(), True
+        self._allowance = 1e-6 * float(np.abs(self._gains).max(initial=0.0))
 
     def _fetch(
         self, contenders: NDArray[np.int64], bounds: NDArray[np.float64], allowed: NDArray[np.bool_], batch: int
@@ -175,15 +188,15 @@ class ExactGreedy:
             more = _largest(others, batch - len(wanted))
             wanted = np.concatenate([wanted, more[others[more] > -np.inf]])
         coverage.fetch(wanted, kept[np.argsort(bounds[kept], kind="stable")])
-        self._spent += CALL_COLUMNS + ROW_COLUMNS * len(wanted)
+        if batch > BATCH:
+            self._excess += CALL_COLUMNS + ROW_COLUMNS * len(wanted)
         self._evaluate(wanted)
 
     def _evaluate(self, rows: NDArray[np.int64]) -> None:
         exact = self.coverage.exact_gains(rows)
         above = exact - self._gains[rows]
         # Stale gains are bounds only: falling below them is no error.
-        is_current = torch.equal(self._synced, self.coverage.best.float())
-        error = float((np.abs(above) if is_current else above).max())
+        error = float((np.abs(above) if self._is_current else above).max())
         if np.isfinite(error):
             self._allowance = max(self._allowance, SAFETY * error)
         self._caps[rows], self._evaluated_at[rows] = exact, self._step
@@ -192,10 +205,11 @@ class ExactGreedy:
         """Bring the maintained gains up to date with every pick so far."""
         coverage, best = self.coverage, self.coverage.best.float()
         moved = torch.nonzero(best > self._synced)[:, 0]
-        self._spent = 0.0
+        self._is_current = True
         if self._optimizer == "naive" or (coverage.is_symmetric and len(moved) > coverage.m // 2):
             self._gains = coverage.gains()
         elif len(moved):
+            self._saved += BYTES_SAVE * len(moved)
             self._gains = self._gains - coverage.losses(moved, self._synced[moved], best[moved])
         else:
             return

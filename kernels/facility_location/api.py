@@ -94,14 +94,18 @@ def facility_location(
     return gains
 
 
-def pack_candidates(candidates: torch.Tensor) -> torch.Tensor | PackedCandidates:
+def pack_candidates(candidates: torch.Tensor, *, in_bytes: bool = False) -> torch.Tensor | PackedCandidates:
     """Lay candidates out for many calls with different points; what comes back is passed as candidates.
 
     Args:
         candidates: as in facility_location; must not change while the result is in use.
+        in_bytes: round candidates, and in each call points, to 8 bits at a scale for each row, where the processor
+            multiplies bytes faster (AVX-512 VNNI; elsewhere nothing is rounded). Takes "dot" only. A dot product then
+            errs by about 6e-4 of the rows' lengths when d = 384, more where single features are large; by the same in
+            every call and both ways, so that maintained gains do not drift.
 
     Returns:
-        PackedCandidates of 4 n d further bytes where the compiled code takes them; else the matrix itself.
+        PackedCandidates of 4 n d further bytes (n d in bytes) where the compiled code takes them; else the matrix.
     """
     check_tensor("candidates", candidates, ("n", "d"), dtypes=DTYPES)
-    return cpu_native.pack(candidates)
+    return cpu_native.pack(candidates, in_bytes)

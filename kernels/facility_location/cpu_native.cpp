@@ -8,10 +8,17 @@
 // Each task leaves one float64 sum for each of its candidates in a place of its own; the places are added in the order
 // of the points, so that no number of threads changes a bit. Where the points are the candidates, s(i, v) = s(v, i)
 // serves both: only panels right of a task's own candidates are multiplied, and a task leaves a sum for each point too.
+//
+// Candidates may be packed in bytes instead, at a scale of their own: four multiply-adds an instruction, and similarities
+// with an error of about 6e-4 (rows of length 1, d = 384) that is the same for a pair in every call and both ways.
 // Terms are rounded in float32 and added in float64 from two (points) or TILE_ROWS (candidates) terms on.
 
 #include <math.h>
 #include <omp.h>
+
+#if defined(__AVX512VNNI__)
+#include <immintrin.h>
+#endif
 
 #include "export.h"
 #include "matrix_tile.h"
@@ -47,6 +54,23 @@ struct Matrix {
     ElementType type;
 
     const void* row(int64_t i) const { return static_cast<const char*>(rows) + i * stride * (type == FLOAT32 ? 4 : 2); }
+};
+
+// Packed candidates: panels of floats with squared lengths behind them, or panels of bytes with, for each candidate, its
+// scale and -128 times the sum of its bytes.
+struct Packed {
+    const float *panels, *lengths;
+    const int8_t* bytes;
+    const float* scales;
+    const int32_t* offsets;
+
+    Packed(const void* base, bool in_bytes, int64_t padded, int64_t d) {
+        panels = static_cast<const float*>(base), lengths = panels + padded * d;
+        const int64_t quads = (d + 3) / 4;
+        bytes = in_bytes ? static_cast<const int8_t*>(base) : nullptr;
+        scales = reinterpret_cast<const float*>(static_cast<const int8_t*>(base) + padded * quads * 4);
+        offsets = reinterpret_cast<const int32_t*>(scales + padded);
+    }
 };
 
 struct Problem {
@@ -93,6 +117,71 @@ static void multiply_group(const float* candidates, const float* points, int64_t
         }
     }
 }
+
+// bytes[k / 4][WIDTH][4] of the rows of a panel as x = scale * byte, `zero` added to each byte; rows from `count` on, and
+// columns up to a multiple of 4, are zeros. `row` is room for one row.
+template <int WIDTH>
+static void pack_bytes(
+    ElementType type, const Matrix& matrix, int64_t first, int64_t count, int64_t d, int zero, float* row, uint8_t* bytes,
+    float* scales, int32_t* offsets) {
+    const int64_t quads = (d + 3) / 4;
+    for (int r = 0; r < WIDTH; ++r) {
+        float largest = 0;
+        if (r < count) {
+            pack_panel<1>(type, matrix.row(first + r), matrix.stride, 1, d, row);
+            for (int64_t k = 0; k < d; ++k) largest = fabsf(row[k]) > largest ? fabsf(row[k]) : largest;
+        }
+        const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+        int32_t sum = 0;
+        for (int64_t k = 0; k < 4 * quads; ++k) {
+            const float scaled = largest > 0 && k < d ? row[k] * inverse : 0.0f;
+            const int32_t byte = static_cast<int32_t>(scaled + (scaled < 0 ? -0.5f : 0.5f));
+            sum += byte;
+            bytes[(k / 4 * WIDTH + r) * 4 + k % 4] = static_cast<uint8_t>(byte + zero);
+        }
+        scales[r] = largest / 127.0f;
+        if (offsets) offsets[r] = -128 * sum;
+    }
+}
+
+#if defined(__AVX512VNNI__)
+// sums[lane] += the four products of unsigned by signed bytes. The intrinsic makes GCC 12 keep sums on the stack.
+static inline void add_products(__m512i& sums, __m512i unsigned_bytes, __m512i signed_bytes) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(unsigned_bytes), "v"(signed_bytes));
+}
+
+// As multiply_group, from bytes: points are stored plus 128, which each candidate's offset takes away again.
+static void multiply_bytes(
+    const int8_t* candidates, const float* scales, const int32_t* offsets, const uint8_t* points, const float* point_scales,
+    int64_t quads, int64_t count, float* tile) {
+    const Floats point_scale[2] = {load(point_scales), load(point_scales + LANES)};
+    for (int64_t r = 0; r < count; r += TILE_ROWS) {
+        const int8_t* left = candidates + r * quads * 4;
+        __m512i low[TILE_ROWS], high[TILE_ROWS];
+#pragma GCC unroll 12
+        for (int i = 0; i < TILE_ROWS; ++i) low[i] = high[i] = _mm512_set1_epi32(offsets[r + i]);
+        for (int64_t k = 0; k < quads; ++k) {
+            const __m512i right_low = _mm512_loadu_si512(points + k * TILE_COLUMNS * 4);
+            const __m512i right_high = _mm512_loadu_si512(points + k * TILE_COLUMNS * 4 + 64);
+#pragma GCC unroll 12
+            for (int i = 0; i < TILE_ROWS; ++i) {
+                int32_t four;
+                memcpy(&four, left + (k * TILE_ROWS + i) * 4, 4);
+                const __m512i one = _mm512_set1_epi32(four);
+                add_products(low[i], right_low, one);
+                add_products(high[i], right_high, one);
+            }
+        }
+#pragma GCC unroll 12
+        for (int i = 0; i < TILE_ROWS; ++i) {
+            float* const to = tile + (r + i) * TILE_COLUMNS;
+            const Ints sums[2] = {reinterpret_cast<Ints>(low[i]), reinterpret_cast<Ints>(high[i])};
+            for (int half = 0; half < 2; ++half)
+                store(to + half * LANES, __builtin_convertvector(sums[half], Floats) * (scales[r + i] * point_scale[half]));
+        }
+    }
+}
+#endif
 
 // Dot products to similarities that fall with the distance.
 static void bend_group(const Problem& p, const float* lengths, const float* point_lengths, int64_t count, float* tile) {
@@ -152,10 +241,12 @@ struct Layout {
         place_doubles = itself ? ROWS + BLOCK : ROWS;
         const int64_t fitting = PLACES_BYTES / 8 / (place_doubles * (groups ? groups : 1));
         together = smaller(smaller(fitting > 1 ? fitting : 1, MOST_BLOCKS), blocks ? blocks : 1);
-        packed_floats = together * BLOCK * d;
+        packed_floats = together * BLOCK * ((d + 3) / 4 * 4);
         known_floats = 5 * padded;
     }
-    int64_t floats() const { return packed_floats + known_floats + 2 * together * groups * place_doubles + 32; }
+    int64_t floats(int64_t d, int64_t threads) const {
+        return packed_floats + known_floats + 2 * together * groups * place_doubles + threads * d + 32;
+    }
 };
 
 static Known known_of(float* base, int64_t padded) {
@@ -175,8 +266,8 @@ static void learn(const Problem& p, int64_t v, const Known& known) {
 // candidates.
 template <bool RAISED>
 static void run_task(
-    const Problem& p, int64_t group, int64_t block, const float* panels, const float* lengths, const float* packed,
-    const Known& known, double* place) {
+    const Problem& p, int64_t group, int64_t block, const Packed& candidates, const float* packed, const Known& known,
+    double* place) {
     alignas(64) float tile[ROWS * TILE_COLUMNS];
     alignas(64) Doubles sums[ROWS];
     const int64_t first_row = group * ROWS, count = smaller(ROWS, p.n - first_row);
@@ -186,8 +277,17 @@ static void run_task(
     for (int64_t c = 0; c < BLOCK; c += TILE_COLUMNS) {
         const int64_t column = block * BLOCK + c;
         if (column >= p.points.count || (p.itself && column < first_row)) continue;
-        multiply_group(panels + first_row * p.d, packed + c * p.d, p.d, count, tile);
-        if (p.similarity != DOT) bend_group(p, lengths + first_row, known.length + column, count, tile);
+        if (candidates.bytes) {
+#if defined(__AVX512VNNI__)
+            const int64_t quads = (p.d + 3) / 4;
+            multiply_bytes(
+                candidates.bytes + first_row * quads * 4, candidates.scales + first_row, candidates.offsets + first_row,
+                reinterpret_cast<const uint8_t*>(packed) + c * quads * 4, known.length + column, quads, count, tile);
+#endif
+        } else {
+            multiply_group(candidates.panels + first_row * p.d, packed + c * p.d, p.d, count, tile);
+        }
+        if (p.similarity != DOT) bend_group(p, candidates.lengths + first_row, known.length + column, count, tile);
         reduce_rows<RAISED>(tile, count, known, column, sums);
         if (p.itself && column >= first_row + ROWS) reduce_columns(tile, count, known, first_row, column_sums + c);
     }
@@ -195,13 +295,13 @@ static void run_task(
 }
 
 template <bool RAISED>
-static void run(
-    const Problem& p, const float* panels, const float* lengths, int threads, float* workspace, double* gains) {
+static void run(const Problem& p, const Packed& candidates, int threads, float* workspace, double* gains) {
     const int64_t m = p.points.count;
     const Layout layout(p.n, m, p.d, p.itself);
     float* const packed = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(workspace) + 63) & ~uintptr_t{63});
     const Known known = known_of(packed + layout.packed_floats, layout.padded);
     double* const places = reinterpret_cast<double*>(packed + layout.packed_floats + layout.known_floats);
+    float* const rows = reinterpret_cast<float*>(places + layout.together * layout.groups * layout.place_doubles);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
@@ -214,6 +314,13 @@ static void run(
 #pragma omp for schedule(static)
             for (int64_t c = 0; c < blocks * BLOCK; c += TILE_COLUMNS) {
                 if (first + c >= m) continue;
+                if (candidates.bytes) {
+                    const int64_t quads = (p.d + 3) / 4, thread = omp_get_thread_num();
+                    pack_bytes<TILE_COLUMNS>(
+                        p.points.type, p.points, first + c, m - first - c, p.d, 128, rows + thread * p.d,
+                        reinterpret_cast<uint8_t*>(packed) + c * quads * 4, known.length + first + c, nullptr);
+                    continue;
+                }
                 float* const panel = packed + c * p.d;
                 pack_panel<TILE_COLUMNS>(
                     p.points.type, p.points.row(first + c), p.points.stride, m - first - c, p.d, panel);
@@ -224,7 +331,8 @@ static void run(
                 const int64_t b = task % blocks, group = task / blocks;  // a thread keeps its candidates for a while
                 if (p.itself && (first_block + b + 1) * BLOCK <= group * ROWS) continue;
                 run_task<RAISED>(
-                    p, group, first_block + b, panels, lengths, packed + b * BLOCK * p.d, known,
+                    p, group, first_block + b, candidates,
+                    packed + b * BLOCK * (candidates.bytes ? (p.d + 3) / 4 : p.d), known,
                     places + (b * layout.groups + group) * layout.place_doubles);
             }
 #pragma omp for schedule(static)
@@ -320,22 +428,36 @@ FASTSEL_EXPORT(facility_location_rows)(
     }
 }
 
-// How many floats hold n packed candidates and their squared lengths.
-FASTSEL_EXPORT(facility_location_packed)(int64_t n, int64_t d, int64_t* floats) {
+// How many floats of room n packed candidates take, in floats or in bytes.
+FASTSEL_EXPORT(facility_location_packed)(int64_t n, int64_t d, int32_t in_bytes, int64_t* floats) {
     const int64_t padded = divided_up(n, ROWS) * ROWS;
-    *floats = padded * d + padded;
+    *floats = in_bytes ? padded * ((d + 3) / 4) + 2 * padded : padded * d + padded;
 }
 
 // How many floats of workspace facility_location needs.
-FASTSEL_EXPORT(facility_location_workspace)(int64_t n, int64_t m, int64_t d, int32_t itself, int64_t* floats) {
-    *floats = Layout(n, m, d, itself != 0).floats();
+FASTSEL_EXPORT(facility_location_workspace)(
+    int64_t n, int64_t m, int64_t d, int32_t itself, int32_t threads, int64_t* floats) {
+    *floats = Layout(n, m, d, itself != 0).floats(d, threads);
 }
 
-// Packs candidates [n, d] of `type` (0 float32, 1 bfloat16, 2 float16); stride is elements from row to row.
+// Packs candidates [n, d] of `type` (0 float32, 1 bfloat16, 2 float16); stride is elements from row to row. In bytes,
+// workspace is d floats a thread.
 FASTSEL_EXPORT(facility_location_pack)(
-    const void* candidates, int64_t stride, int32_t type, int64_t n, int64_t d, int32_t threads, float* panels) {
+    const void* candidates, int64_t stride, int32_t type, int64_t n, int64_t d, int32_t in_bytes, int32_t threads,
+    float* workspace, float* panels) {
     const Matrix matrix{candidates, stride, n, static_cast<ElementType>(type)};
-    const int64_t padded = divided_up(n, ROWS) * ROWS;
+    const int64_t padded = divided_up(n, ROWS) * ROWS, quads = (d + 3) / 4;
+    if (in_bytes) {
+        uint8_t* const bytes = reinterpret_cast<uint8_t*>(panels);
+        float* const scales = panels + padded * quads;
+        int32_t* const offsets = reinterpret_cast<int32_t*>(scales + padded);
+#pragma omp parallel for schedule(static) num_threads(threads)
+        for (int64_t i = 0; i < padded; i += TILE_ROWS)
+            pack_bytes<TILE_ROWS>(
+                matrix.type, matrix, i, n - i, d, 0, workspace + omp_get_thread_num() * d, bytes + i * quads * 4,
+                scales + i, offsets + i);
+        return;
+    }
     float* const lengths = panels + padded * d;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < padded; i += TILE_ROWS) {
@@ -347,18 +469,18 @@ FASTSEL_EXPORT(facility_location_pack)(
     }
 }
 
-// panels holds n packed candidates; points [m, d] as above. raised and weights may be null; similarity is 0 dot,
+// panels holds n packed candidates (in_bytes takes dot products of AVX-512 VNNI only); points [m, d] as above. raised and weights may be null; similarity is 0 dot,
 // 1 rbf, 2 exp_distance; itself: the points are the candidates and raised is null. gains receives n sums.
 FASTSEL_EXPORT(facility_location)(
-    const float* panels, int64_t n, int64_t d, const void* points, int64_t stride, int32_t type, int64_t m,
+    const float* panels, int32_t in_bytes, int64_t n, int64_t d, const void* points, int64_t stride, int32_t type, int64_t m,
     const float* best, const float* raised, const float* weights, int32_t similarity, float gamma, int32_t itself,
     int32_t threads, float* workspace, double* gains) {
     const Problem problem{
         {points, stride, m, static_cast<ElementType>(type)}, best, raised, weights, n, d,
         static_cast<Similarity>(similarity), gamma, itself != 0};
-    const float* const lengths = panels + divided_up(n, ROWS) * ROWS * d;
+    const Packed candidates(panels, in_bytes != 0, divided_up(n, ROWS) * ROWS, d);
     if (raised)
-        run<true>(problem, panels, lengths, threads, workspace, gains);
+        run<true>(problem, candidates, threads, workspace, gains);
     else
-        run<false>(problem, panels, lengths, threads, workspace, gains);
+        run<false>(problem, candidates, threads, workspace, gains);
 }

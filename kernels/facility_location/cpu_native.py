@@ -22,23 +22,34 @@ def unsupported(
     gamma: float,
 ) -> str | None:
     """Why the compiled library cannot take these inputs, or None."""
-    matrix = candidates.matrix if isinstance(candidates, PackedCandidates) else candidates
-    return _refusal(matrix)
+    if isinstance(candidates, PackedCandidates):
+        if candidates.in_bytes and similarity != "dot":
+            return f"takes candidates packed in bytes with similarity 'dot' only, got {similarity!r}"
+        return _refusal(candidates.matrix)
+    return _refusal(candidates)
 
 
-def pack(candidates: torch.Tensor) -> torch.Tensor | PackedCandidates:
+def pack(candidates: torch.Tensor, in_bytes: bool = False) -> torch.Tensor | PackedCandidates:
     """See api.pack_candidates."""
     if _refusal(candidates) is not None:
         return candidates
-    (n, d), rows = candidates.shape, _unit_stride(candidates)
+    in_bytes = in_bytes and native.instruction_set() == "avx512vnni"
+    (n, d), rows, threads = candidates.shape, _unit_stride(candidates), native.num_threads()
     needed = c_int64()
-    native.function("facility_location_packed", c_int64, c_int64, POINTER(c_int64))(n, d, byref(needed))
+    native.function("facility_location_packed", c_int64, c_int64, c_int32, POINTER(c_int64))(
+        n, d, in_bytes, byref(needed)
+    )
     # dtype and device are spelt out: torch's defaults are the user's to change.
     panels = torch.empty(needed.value, dtype=torch.float32, device="cpu")
-    native.function("facility_location_pack", c_void_p, c_int64, c_int32, c_int64, c_int64, c_int32, c_void_p)(
-        *(rows.data_ptr(), rows.stride(0), ELEMENT_TYPES[rows.dtype], n, d, native.num_threads(), panels.data_ptr())
+    workspace = torch.empty(threads * d, dtype=torch.float32, device="cpu")
+    native.function(
+        "facility_location_pack",
+        *(c_void_p, c_int64, c_int32, c_int64, c_int64, c_int32, c_int32, c_void_p, c_void_p),
+    )(
+        *(rows.data_ptr(), rows.stride(0), ELEMENT_TYPES[rows.dtype], n, d, in_bytes, threads),
+        *(workspace.data_ptr(), panels.data_ptr()),
     )
-    return PackedCandidates(candidates, panels)
+    return PackedCandidates(candidates, panels, in_bytes)
 
 
 def compute(
@@ -65,17 +76,17 @@ def compute(
     points = _unit_stride(points)
     values = [None if x is None else x.float().contiguous() for x in (best, raised, weights)]
     needed = c_int64()
-    native.function("facility_location_workspace", c_int64, c_int64, c_int64, c_int32, POINTER(c_int64))(
-        n, m, d, itself, byref(needed)
+    native.function("facility_location_workspace", c_int64, c_int64, c_int64, c_int32, c_int32, POINTER(c_int64))(
+        n, m, d, itself, threads, byref(needed)
     )
     workspace = torch.empty(needed.value, dtype=torch.float32, device="cpu")
     gains = torch.empty(n, dtype=torch.float64, device="cpu")
     native.function(
         "facility_location",
-        *(c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int32, c_int64),
+        *(c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int64, c_int32, c_int64),
         *(c_void_p, c_void_p, c_void_p, c_int32, c_float, c_int32, c_int32, c_void_p, c_void_p),
     )(
-        *(candidates.panels.data_ptr(), n, d),
+        *(candidates.panels.data_ptr(), candidates.in_bytes, n, d),
         *(points.data_ptr(), points.stride(0), ELEMENT_TYPES[points.dtype], m),
         *(None if x is None else x.data_ptr() for x in values),
         *(SIMILARITIES[similarity], gamma, itself, threads, workspace.data_ptr(), gains.data_ptr()),

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsel.kernels._runtime import native
+from fastsel.kernels._runtime.dispatch import NoImplementationError
 from fastsel.kernels._runtime.testing import assert_as_exact
 from fastsel.kernels.facility_location import (
     PackedCandidates,
@@ -106,6 +107,26 @@ def test_law_packing_and_threads_change_no_bit(case):
             assert torch.equal(call((packed, *inputs[1:]), "native"), expected)
     finally:
         torch.set_num_threads(before)
+
+
+@NEEDS_LIBRARY
+@pytest.mark.skipif(native.instruction_set() != "avx512vnni", reason="nothing is rounded to bytes here")
+@pytest.mark.parametrize("case", ["tiny", "odd", "odd_raised", "wide", "no_floor", "itself_weighted", "no_points"])
+def test_law_bytes_come_as_close_as_their_rounding(case):
+    """Each row rounded to 127 steps of its largest number: the same gains as from rows rounded so beforehand."""
+
+    def rounded(x):
+        scale = x.float().abs().amax(1, keepdim=True) / 127
+        return torch.trunc(x / scale + 0.5 * x.sign()) * scale
+
+    inputs = make_inputs(CASES[case], torch.float32, "cpu")
+    candidates, points, *rest = inputs
+    packed = pack_candidates(candidates, in_bytes=True)
+    got = call((packed, points, *rest), "native")
+    expected = call((rounded(candidates).double(), rounded(points).double(), *in_float64(tuple(rest))), "reference")
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
+    with pytest.raises(NoImplementationError, match="packed in bytes with similarity 'dot' only, got 'rbf'"):
+        call((packed, points, *rest[:3], "rbf", 1.0), "native")
 
 
 @NEEDS_LIBRARY
