@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastsel.metrics.coverage import facility_location
     from fastsel.metrics.distances import dist_sum, knn, radius
     from fastsel.metrics.lexical import ttr, vocd_d
+    from fastsel.metrics.novelsum import novelsum, novelsum_grid
     from fastsel.metrics.spectrum import log_determinant, vendi
 
 _HOMES = {
@@ -24,6 +25,8 @@ _HOMES = {
     "facility_location": "fastsel.metrics.coverage",
     "knn": "fastsel.metrics.distances",
     "log_determinant": "fastsel.metrics.spectrum",
+    "novelsum": "fastsel.metrics.novelsum",
+    "novelsum_grid": "fastsel.metrics.novelsum",
     "partition_entropy": "fastsel.metrics.clusters",
     "radius": "fastsel.metrics.distances",
     "ttr": "fastsel.metrics.lexical",
@@ -36,6 +39,8 @@ __all__ = [
     "facility_location",
     "knn",
     "log_determinant",
+    "novelsum",
+    "novelsum_grid",
     "partition_entropy",
     "radius",
     "ttr",

@@ -15,7 +15,7 @@ from fastsel.selectors.rows import Rows, check_k, check_rows, check_values
 logger = logging.getLogger("fastsel")
 RULES = ("official", "paper")
 CONTENDERS = (32, 256)  # fewest and most rows scored exactly at a time
-COLUMNS = (4, 64)  # fewest and most columns fetched in one pass over the matrix
+COLUMNS = (16, 64)  # fewest and most columns fetched in one pass over the matrix
 COLUMN_VALUES = 2**25  # similarities kept: 128 MB
 # Scores as near as this, relatively, are equal: float64 sums of the same numbers in another order differ by less.
 TIE = 1e-12
@@ -233,15 +233,18 @@ class _Greedy:
             self.n_hits += 1
             return self.columns.pop(pick)
         # Four times as many as were of use the last time: a pass with a few columns costs little more than with one.
-        most = min(COLUMNS[1], max(1, COLUMN_VALUES // self.rows.n))
-        n_columns = max(min(4 * self.n_hits, most), min(COLUMNS[0], most))
-        wanted = [pick, *(row for row in self.likely if row != pick)][:n_columns]
+        room = max(1, COLUMN_VALUES // self.rows.n)
+        n_columns = min(max(4 * self.n_hits, COLUMNS[0]), COLUMNS[1], room)
+        wanted = [pick, *(row for row in self.likely if row != pick and row not in self.columns)][:n_columns]
         vectors = self.rows.take(wanted)
         fetched = torch.empty(len(wanted), self.rows.n, dtype=torch.float32, device=self.rows.device)
         for start, block in self.rows.blocks() if self.rows.is_mapped else [(0, self.rows.whole())]:
             torch.mm(vectors, block.T, out=fetched[:, start : start + len(block)])
         self.n_hits, self.n_passes = 1, self.n_passes + 1
-        self.columns = dict(zip(wanted, fetched, strict=True))
+        # A column stays true: those fetched earlier are kept while there is room, the oldest go first.
+        for old in list(self.columns)[: max(0, len(self.columns) + len(wanted) - room)]:
+            del self.columns[old]
+        self.columns |= {row: column.clone() for row, column in zip(wanted, fetched, strict=True)}
         return self.columns.pop(pick)
 
     def best(self) -> int:
