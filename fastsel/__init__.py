@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests/test_public_api.p
     from fastsel.methods.kmeans import kmeans
     from fastsel.methods.length import length
     from fastsel.methods.mig import mig
+    from fastsel.methods.novelselect import novelselect
     from fastsel.methods.perplexity import perplexity
     from fastsel.methods.qdit import qdit
     from fastsel.methods.random import random
@@ -47,6 +48,7 @@ _HOMES = {
     "length": "fastsel.methods.length",
     "load_model": "fastsel.models.loading",
     "mig": "fastsel.methods.mig",
+    "novelselect": "fastsel.methods.novelselect",
     "open_pool": "fastsel.io",
     "perplexity": "fastsel.methods.perplexity",
     "qdit": "fastsel.methods.qdit",
@@ -74,6 +76,7 @@ __all__ = [
     "load_model",
     "metrics",
     "mig",
+    "novelselect",
     "open_pool",
     "perplexity",
     "qdit",

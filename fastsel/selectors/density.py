@@ -1,11 +1,13 @@
 """How densely a reference pool lies around a row: what NovelSelect and NovelSum weight distances with."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastsel.errors import UsageError
 from fastsel.kernels.topk_similarity import topk_similarity
 from fastsel.selectors.rows import BLOCK_ROWS, Rows
 
@@ -13,6 +15,43 @@ from fastsel.selectors.rows import BLOCK_ROWS, Rows
 REGULARISATION = 1e-9
 # Rows of a mapped reference searched at a time.
 REFERENCE_ROWS = 65_536
+RULES = ("official", "paper")
+
+
+def local_density(
+    x: Any,
+    reference: Any = None,
+    *,
+    rule: str = "official",
+    beta: float = 0.5,
+    neighbours: int = 10,
+    implementation: str = "auto",
+) -> NDArray[np.float64]:
+    """Float64 [n]: sigma of each row, (mean squared distance to its nearest reference rows + 1e-9)^-beta.
+
+    Args:
+        x: [n, d], and reference: [m, d], x itself when None.
+        rule: "official" takes rows as they are and leaves the nearest reference row out; "paper" takes them at unit
+            length, where sigma is the paper's but for a constant, and leaves out only a row that equals it.
+        beta, neighbours: >= 0 and >= 1.
+        implementation: of topk_similarity.
+
+    Raises:
+        UsageError: an option has no such value; a row with NaN or infinity is named.
+    """
+    if not 0 <= beta < np.inf:
+        raise UsageError(f"beta must be a number of at least 0, got {beta}")
+    if isinstance(neighbours, bool) or not isinstance(neighbours, (int, np.integer)) or neighbours < 1:
+        raise UsageError(f"neighbours must be a whole number of at least 1, got {neighbours!r}")
+    if rule not in RULES:
+        raise UsageError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    rows = Rows(x, unit=rule == "paper")
+    pool = rows if reference is None else Rows(reference, unit=rule == "paper", name="reference")
+    if pool.d != rows.d:
+        raise UsageError(f"reference has {pool.d} features a row, x has {rows.d}")
+    number = int(neighbours)
+    means = mean_squared_distances(rows, pool, [number], drop_first=rule == "official", implementation=implementation)
+    return densities(means[number], beta)
 
 
 def mean_squared_distances(

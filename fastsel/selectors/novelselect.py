@@ -9,11 +9,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastsel.errors import UsageError
 from fastsel.kernels.novelty import novelty
-from fastsel.selectors.density import densities, mean_squared_distances
+from fastsel.selectors.density import RULES, local_density
 from fastsel.selectors.rows import Rows, check_k, check_rows, check_values
 
 logger = logging.getLogger("fastsel")
-RULES = ("official", "paper")
 CONTENDERS = (32, 256)  # fewest and most rows scored exactly at a time
 COLUMNS = (16, 64)  # fewest and most columns fetched in one pass over the matrix
 COLUMN_VALUES = 2**25  # similarities kept: 128 MB
@@ -85,9 +84,8 @@ def novelselect(
     k = check_k(k, rows.n)
     if rule not in RULES:
         raise UsageError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    for name, power in (("alpha", alpha), ("beta", beta)):
-        if not 0 <= power < np.inf:
-            raise UsageError(f"{name} must be a number of at least 0, got {power}")
+    if not 0 <= alpha < np.inf:
+        raise UsageError(f"alpha must be a number of at least 0, got {alpha}")
     before = check_rows(initial, rows.n, "initial")
     value = check_values(quality, rows.n, "quality", least=0.0)
     if first is not None:
@@ -98,7 +96,7 @@ def novelselect(
     if k == 0:
         return np.zeros(0, np.int64), np.zeros(0)
     if density is None:
-        sigma = _sigma(x, rows, reference, rule, beta, neighbours, implementation)
+        sigma = local_density(x, reference, rule=rule, beta=beta, neighbours=neighbours, implementation=implementation)
     else:
         sigma = check_values(density, rows.n, "density", least=0.0)
     greedy = _Greedy(rows, sigma, value, rule, alpha, len(before) + k, implementation)
@@ -112,22 +110,6 @@ def novelselect(
         *(k, rows.n, greedy.n_scored, 100 * greedy.n_scored / (rows.n * k), greedy.n_passes),
     )
     return np.array(greedy.picks[len(before) :], dtype=np.int64), greedy.gains(len(before))
-
-
-def _sigma(
-    x: Any, rows: Rows, reference: Any, rule: str, beta: float, neighbours: int, implementation: str
-) -> NDArray[np.float64]:
-    if isinstance(neighbours, bool) or not isinstance(neighbours, (int, np.integer)) or neighbours < 1:
-        raise UsageError(f"neighbours must be a whole number of at least 1, got {neighbours!r}")
-    is_paper = rule == "paper"
-    queries = rows if is_paper else Rows(x)
-    pool = queries if reference is None else Rows(reference, unit=is_paper, name="reference")
-    if pool.d != rows.d:
-        raise UsageError(f"reference has {pool.d} features a row, x has {rows.d}")
-    means = mean_squared_distances(
-        queries, pool, [int(neighbours)], drop_first=not is_paper, implementation=implementation
-    )
-    return densities(means[int(neighbours)], beta)
 
 
 class _Greedy:

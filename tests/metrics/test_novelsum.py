@@ -103,7 +103,9 @@ def test_edges():
     assert np.isnan(novelsum(np.zeros((0, 3))))
     assert novelsum(np.ones((1, 3)), beta=0) == pytest.approx(0, abs=1e-6)
     assert novelsum(np.ones((4, 3)), beta=0) == pytest.approx(0, abs=1e-6)
-    assert novelsum(np.zeros((3, 2)), beta=0) == 1  # a row of zeros is at distance 1 from every row, itself too
+    assert novelsum(np.zeros((3, 2)), beta=0) == pytest.approx(
+        1
+    )  # a row of zeros is at distance 1 from every row, itself too
 
 
 def test_refuses():
