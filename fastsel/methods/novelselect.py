@@ -98,7 +98,9 @@ def novelselect(
     limits = spread(budget, pool, embeddings.n_tokens, per)
     with embeddings.timed("choose"):
         sigma = local_density(embeddings.matrix, beta=density_power, **options)
-        by_row = {"density": sigma} if q is None else {"density": sigma, "quality": q.values[embeddings.rows]}
+        by_row: dict[str, Any] = (
+            {"density": sigma} if q is None else {"density": sigma, "quality": q.values[embeddings.rows]}
+        )
         indices, gains = pick_under(limits, embeddings.rows, embeddings.matrix, pick, **by_row)
     if q is not None:
         embeddings.provenance["quality"] = q.provenance

@@ -79,11 +79,11 @@ def novelsum_grid(
         "column" and "both" sort once for each beta and number of neighbours.
     Source: Yang et al., ACL 2025 (arXiv 2502.17184); authors' code UmeanNever/NovelSum@b594962, novelsum.py.
     """
-    for name, value, known in (
+    for name, chosen, known in (
         ("density_side", density_side, SIDES), ("normalise", normalise, NORMALISERS), ("sigma", sigma, SIGMAS)
     ):  # fmt: skip
-        if value not in known:
-            raise UsageError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if chosen not in known:
+            raise UsageError(f"{name} must be one of {', '.join(known)}, got {chosen!r}")
     for name, values in (("alpha", alphas), ("beta", betas)):
         for power in values:
             if not 0 <= power < np.inf:
