@@ -97,7 +97,7 @@ def load_encoder(
         UsageError: an option has no such value, or does not apply to this encoder.
         MissingExtraError: a package is missing.
     """
-    options = {
+    options: dict[str, Any] = {
         "pooling": pooling, "max_length": max_length, "device": device, "dtype": dtype,
         "implementation": implementation, "offline": offline,
     }  # fmt: skip
