@@ -96,9 +96,9 @@ _ROWS = (
         venue="ACL 2024",
         task_type="instruction tuning, no target set",
         representation="answer perplexity with and without the instruction, small model",
-        diversity="none (--per source for quotas)",
+        diversity="none, or facility location over the --shortlist (Superfiltering.D)",
         quality="perplexity ratio, up to 1",
-        defaults={**_MODEL, "template": "none", **_CHOICE},
+        defaults={**_MODEL, "template": "none", "shortlist": None, "encoder": None, **_CHOICE},
         ratio_above_one_is_dropped=True,
     ),
     Method(

@@ -232,6 +232,8 @@ _ROWS = (
     Option("neighbours", CHOICE, "rows whose distance says how dense a region is", _whole(1), "N"),
     Option("scale", CHOICE, "of diversity and quality before they are added: raw, mean, minmax or zscore",
            _one_of("raw", "mean", "minmax", "zscore"), "HOW"),
+    Option("shortlist", CHOICE, "20%% or rows: choose among that many best rows by facility location over embeddings",
+           _budget, "N"),
     Option("label_column", CHOICE, "where a row's tags are, as annotation.instag.content", _text, "COLUMN"),
     Option("quality_columns", CHOICE, "numbers, or one a turn, that are multiplied into a row's quality",
            _texts, "COLUMN", many=True),

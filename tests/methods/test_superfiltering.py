@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastsel
+from fastsel.errors import UsageError
 
 QUIET = {"progress": "none"}
 
@@ -128,3 +129,48 @@ def test_no_eligible_row(tiny):
 def test_same_call_gives_the_same_bits(tiny, golden_rows):
     first, second = (fastsel.superfiltering(golden_rows, model=tiny("gpt2"), max_length=96, **QUIET) for _ in range(2))
     assert first.scores.tobytes() == second.scores.tobytes() and first.indices.tolist() == second.indices.tolist()
+
+
+def covering(vectors, k):
+    """Greedy facility location with submodlib's exp(-distance / d), every pair in float64."""
+    x = vectors.astype(np.float64)
+    similarity = np.exp(-np.linalg.norm(x[:, None] - x[None], axis=2) / x.shape[1])
+    best, chosen = np.zeros(len(x)), []
+    for _ in range(k):
+        gains = np.maximum(similarity - best, 0).sum(1)
+        gains[chosen] = -1
+        chosen.append(int((gains >= gains.max() * (1 - 1e-9)).argmax()))
+        best = np.maximum(best, similarity[chosen[-1]])
+    return chosen
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_a_shortlist_is_covered_by_facility_location(tiny, golden_rows, official):
+    """Superfiltering.D: of the best rows by ratio, those that stand for the others; in the order of choice."""
+    from fastsel.features.embeddings import embed_texts
+
+    options = {"model": tiny("gpt2"), "official": official, **QUIET}
+    plain = fastsel.superfiltering(golden_rows, budget=16, **options)
+    chosen = fastsel.superfiltering(golden_rows, budget=5, shortlist=16, **options)
+    texts = [
+        row["instruction"] + "\n" + (row["input"] + "\n" if row["input"] else "") + row["output"]
+        for row in (golden_rows[i] for i in plain.indices)
+    ]
+    wanted = covering(embed_texts(texts, max_length=512), 5)
+    assert chosen.indices.tolist() == plain.indices[wanted].tolist()
+    np.testing.assert_array_equal(chosen.scores, plain.scores)
+    assert np.flatnonzero(chosen.eligible).tolist() == sorted(plain.indices.tolist())
+    assert chosen.rule == f"not among the {len(plain)} best perplexity ratios"
+    assert np.flatnonzero(~np.isnan(chosen.gains)).tolist() == sorted(chosen.indices.tolist())
+
+
+def test_a_share_of_a_shortlist_is_of_alpaca_in_official_runs(tiny, golden_rows):
+    options = {"model": tiny("gpt2"), "budget": 2, "encoder": None, **QUIET}
+    assert fastsel.superfiltering(golden_rows, shortlist="20%", **options).eligible.sum() == 7
+    official = fastsel.superfiltering(golden_rows, shortlist="20%", official=True, **options)
+    assert official.eligible.sum() > 7  # 10,400 rows: all that there are
+
+
+def test_refuses_a_shortlist_in_tokens_before_the_model_runs(golden_rows):
+    with pytest.raises(UsageError, match="counts tokens, but this method counts none"):
+        fastsel.superfiltering(golden_rows, model="nowhere", budget=2, shortlist="1ktok", **QUIET)
