@@ -15,6 +15,7 @@ from fastsel.kernels._runtime.triton_launch import Launch, Work
 from fastsel.kernels._runtime.triton_predict import CHIPS, Chip, floor_seconds, predict
 from fastsel.kernels._runtime.triton_proof import compile_launch, machine_code
 from fastsel.kernels.facility_location import gpu_triton as gains
+from fastsel.kernels.k_center import gpu_triton as nearest
 from fastsel.kernels.linear_token_stats import gpu_triton as stats
 from fastsel.kernels.linear_token_stats.cases import ALL_OUTPUTS
 from fastsel.kernels.tree_attention import gpu_triton as tree
@@ -38,6 +39,8 @@ GAINS = {  # candidates, points, and what else is given
     "16 contenders, 1M points": (16, 1_000_000, {}),
 }
 GAINS_D = 1024
+CENTRES = (16, 64, 256, 1024)  # of a pass over NEAREST_ROWS
+NEAREST_ROWS, NEAREST_D = 1_000_000, 1024
 GREEDY_ROWS, GREEDY_PICKS = 1_000_000, 10_000
 
 
@@ -69,6 +72,15 @@ def gains_launch(
     options = (best, best if raised else None, None, similarity, 1.0)
     launch = gains.plan(*matrices, *options, architecture=architecture)[1][-1]
     return launch, gains.work(launch, n, m, GAINS_D)
+
+
+def nearest_launch(architecture: str, dtype: torch.dtype, b: int) -> tuple[Launch, Work]:
+    """One call of k_center's kernel."""
+    n, floats = NEAREST_ROWS, torch.float32
+    matrices = meta(n, NEAREST_D, dtype=dtype), meta(b, NEAREST_D, dtype=dtype)
+    vectors = meta(n, dtype=floats), None, meta(n, dtype=floats), meta(b, dtype=floats)
+    launch = nearest.plan(*matrices, *vectors, architecture=architecture)[1][0]
+    return launch, nearest.work(launch, n, b, NEAREST_D)
 
 
 def greedy(chip: Chip, dtype: torch.dtype) -> tuple[float, float, float]:
@@ -116,6 +128,8 @@ def launches(architecture: str) -> Iterator[tuple[str, Launch, Work]]:
                 yield label, launch, tree.work(launch, segments, head)
         for name, (n, m, given) in GAINS.items():
             yield f"facility_location, {name}, {kind}", *gains_launch(architecture, dtype, n, m, **given)
+        for b in CENTRES:
+            yield f"k_center, 1M points, {b:,} centres, {kind}", *nearest_launch(architecture, dtype, b)
 
 
 def main() -> None:

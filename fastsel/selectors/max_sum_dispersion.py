@@ -1,9 +1,9 @@
 """Greedy max-sum dispersion: every pick is the row with the largest sum of distances to the rows chosen before it.
 
-Under the cosine distance that sum is t - x . u, with u the sum of the t unit rows chosen: one number a row, whatever t.
-A pick can raise a row's sum by a bounded amount only, so that a round looks at the rows with the largest sums alone,
-keeps their sums exact in float64, and goes on until a row outside could have caught up; then one pass brings all sums
-up to date. The gap between the first rows and the rest grows with t, and with it the picks that a pass serves.
+Under the cosine distance that sum is t - x . u, with u the sum of the t unit rows chosen: one number a row, one product
+of the pool with u a pass, whatever t. float32 finds the rows with the largest sums, float64 decides among them. A pass
+serves more than one pick only where the first rows are further ahead than one pick can raise another row; on embeddings
+of sentences, whose chosen rows cancel each other in u, that is rare.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from fastsel.selectors.exact_distances import CHOSEN_AT_A_TIME, ExactDistances
 from fastsel.selectors.k_center import first_row
 from fastsel.selectors.rows import Rows, check_k, check_rows
 
-CANDIDATES = 512
+CANDIDATES = 128
 BLOCK_ROWS = 2048  # rows of a pass taken together: 2,048 x 4,096 squares are 34 MB
 
 
@@ -48,7 +48,7 @@ def max_sum_dispersion(
     Raises:
         UsageError: a row is not finite (it is named), or an argument is not as above.
 
-    Cost: a pass over the pool for each round of picks: 2 n d flops (cosine), 2 n d for each pick of it (euclidean).
+    Cost: about a pass over the pool for each pick, 2 n d flops.
     Source: Ravi, Rosenkrantz & Tayi, "Heuristic and special case algorithms for dispersion problems", 1994; the limit
         alpha = 0 of NovelSelect.
     """
@@ -79,7 +79,6 @@ def _round(sums: "_CosineSums | _EuclideanSums", chosen: list[int], most: int) -
     candidates = split.rows
     exact = sums.exact(candidates, np.array(chosen, np.int64))
     sums.upper[candidates] = exact
-    distances: NDArray[np.float64] | None = None
     picked: list[tuple[int, float]] = []
     while len(picked) < min(most, len(candidates)):
         best = exact.max()
@@ -89,9 +88,7 @@ def _round(sums: "_CosineSums | _EuclideanSums", chosen: list[int], most: int) -
             break
         picked.append((row, float(exact[at])))
         chosen.append(row)
-        if distances is None:
-            distances = sums.distances(candidates)
-        exact += distances[at]
+        exact += sums.distances(candidates, row)
         exact[at] = -np.inf
     return picked
 
@@ -132,9 +129,9 @@ class _CosineSums:
         sums: NDArray[np.float64] = self._count - (self._rows.exact(candidates) @ self._sum).cpu().numpy()
         return sums
 
-    def distances(self, candidates: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Float64 [b, b] between the candidates."""
-        halves: NDArray[np.float64] = self._exact.squares(candidates, candidates).cpu().numpy() / 2
+    def distances(self, candidates: NDArray[np.int64], row: int) -> NDArray[np.float64]:
+        """Float64 [b]: of the candidates from a row."""
+        halves: NDArray[np.float64] = self._exact.squares(candidates, np.array([row])).cpu().numpy()[:, 0] / 2
         return halves
 
     def most_raised(self, picks: list[int]) -> float:
@@ -179,9 +176,9 @@ class _EuclideanSums:
             sums += self._exact.distances(candidates, chosen[start : start + CHOSEN_AT_A_TIME]).sum(1)
         return sums
 
-    def distances(self, candidates: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Float64 [b, b] between the candidates."""
-        return self._exact.distances(candidates, candidates)
+    def distances(self, candidates: NDArray[np.int64], row: int) -> NDArray[np.float64]:
+        """Float64 [b]: of the candidates from a row."""
+        return self._exact.distances(candidates, np.array([row]))[:, 0]
 
     def most_raised(self, picks: list[int]) -> float:
         """By how much these picks can raise any row's sum."""
