@@ -31,6 +31,23 @@ _ABOUT = {
     ),
     "perplexity": "How surprised the model is by the answer, given the instruction. A baseline: noise ranks high too.",
     "length": "The longest answers. A baseline that is hard to beat.",
+    "facility_location": (
+        "Rows that stand for all others: each pick is the row that raises most what every row has as its most similar "
+        "chosen row. Dense regions come first; the first picks are the most typical rows of the pool."
+    ),
+    "k_center": (
+        "Each pick is the row farthest from all rows chosen before. No row is far from a chosen one; what is unlike "
+        "everything, garbage included, is chosen early, so look at the first rows."
+    ),
+    "kmeans": "Rows from every cluster of the pool. A score is minus the squared distance to the cluster's centre.",
+    "qdit": (
+        "Rows that stand for many others and are good by the quality given: each pick adds most to the weighted sum. "
+        "Scores are the quality alone, so that a row with a low score may be kept for what it stands for."
+    ),
+    "repr_filter": (
+        "Best rows first, each kept unless it is too similar to one kept before. Rows above the last kept one that are "
+        "not kept have a near-copy that is."
+    ),
     "random": "A uniform draw. What every other method has to beat.",
 }
 
