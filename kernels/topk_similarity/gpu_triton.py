@@ -11,7 +11,17 @@ A tile is compared with the worst kept contender of each query. Entries above it
     first, until no query has any: in the first tiles of a slice some dozens of turns, later one every other tile, since
     a query meets about k (1 + ln(n / k)) such entries in all. No sort, no atomics.
 Accumulator: float32; float64 in the second kernel. float32 products: three TF32 products ("tf32x3") on NVIDIA.
-Limits: float32, bfloat16, float16; k up to 122; fewer than 2^31 points.
+Ladder, predicted from the compiled kernel for 1,000,000 queries and points, d = 1,024, k = 10, dot products with the
+    minimum (no GPU has run this file yet); the loop over entries is counted as one turn a tile:
+                bfloat16, H100 (floor 2.07 s)                   A100 (6.57 s)             B200 (0.91 s)
+    2026-11-26  128 x 128, 8 warps     4.18 s  cache-bound       8.52 s  shared memory     2.19 s  cache-bound
+    2026-11-26  128 x 128, 4 warps     3.46 s  cache-bound       6.63 s, but spills        1.69 s, but spills
+    2026-11-26  128 x 256, 8 warps     3.27 s  cache-bound       7.99 s, but spills        1.83 s, but spills
+    2026-11-26  128 x 64, 4 warps      -                         8.25 s                    2.53 s
+    float32: 13.3 s on H100 (floor 12.4 s), 41.2 s on A100 (39.4 s), 8.7 s on B200 (5.4 s).
+    Without the minimum H100 takes 3.21 s; the products alone of 128 x 256 tiles 2.56 s: what the second-level cache of
+    5,120 bytes a clock can feed. Distances spill in 128 x 256 (32 bytes a thread), so they keep 128 x 128.
+Limits: float32, bfloat16, float16; k up to 59; fewer than 2^31 points.
 """
 
 from typing import Any
@@ -27,32 +37,41 @@ from fastsel.kernels.topk_similarity.contenders import common_centre, number_kep
 
 PROGRAMS_WANTED = 1024  # enough for every multiprocessor to have several; more slices mean more contenders
 LEAST_TILES = 8  # tiles of a slice: below, most of the time goes into first contenders
-MOST_KEPT = 128
+MOST_KEPT = 64
 # (architecture, bytes of an element, variant): BLOCK_Q, BLOCK_P, BLOCK_D, num_warps, num_stages, float32 products
-# "few": at most 32 contenders; "many": up to 128; "unaligned": rows are no multiple of 16 elements.
+# "few": dot products, at most 16 contenders; "some": at most 32, or distances; "many": up to 64; "unaligned": rows are
+# no multiple of 16 elements.
 LAUNCH_TABLE = {
-    ("sm_80", 2, "few"): (128, 128, 64, 8, 3, "ieee"),
+    ("sm_80", 2, "few"): (128, 64, 64, 4, 3, "ieee"),
+    ("sm_80", 2, "some"): (128, 128, 64, 8, 3, "ieee"),
     ("sm_80", 2, "many"): (64, 128, 64, 8, 3, "ieee"),
     ("sm_80", 2, "unaligned"): (64, 64, 32, 8, 2, "ieee"),
     ("sm_80", 4, "few"): (64, 64, 32, 4, 3, "tf32x3"),
+    ("sm_80", 4, "some"): (64, 64, 32, 4, 3, "tf32x3"),
     ("sm_80", 4, "many"): (64, 64, 32, 8, 3, "tf32x3"),
     ("sm_80", 4, "unaligned"): (64, 32, 32, 8, 2, "tf32x3"),
-    ("sm_90", 2, "few"): (128, 128, 64, 8, 3, "ieee"),
+    ("sm_90", 2, "few"): (128, 256, 64, 8, 3, "ieee"),
+    ("sm_90", 2, "some"): (128, 128, 64, 8, 3, "ieee"),
     ("sm_90", 2, "many"): (64, 128, 64, 8, 3, "ieee"),
     ("sm_90", 2, "unaligned"): (64, 64, 32, 8, 2, "ieee"),
-    ("sm_90", 4, "few"): (128, 64, 32, 8, 3, "tf32x3"),
+    ("sm_90", 4, "few"): (128, 128, 32, 8, 3, "tf32x3"),
+    ("sm_90", 4, "some"): (128, 64, 32, 8, 3, "tf32x3"),
     ("sm_90", 4, "many"): (64, 64, 32, 8, 3, "tf32x3"),
     ("sm_90", 4, "unaligned"): (64, 64, 32, 8, 2, "tf32x3"),
     ("sm_100", 2, "few"): (128, 128, 64, 8, 3, "ieee"),
+    ("sm_100", 2, "some"): (128, 128, 64, 8, 3, "ieee"),
     ("sm_100", 2, "many"): (64, 128, 64, 8, 3, "ieee"),
     ("sm_100", 2, "unaligned"): (64, 64, 32, 8, 2, "ieee"),
-    ("sm_100", 4, "few"): (128, 64, 32, 8, 3, "tf32x3"),
+    ("sm_100", 4, "few"): (128, 128, 32, 8, 3, "tf32x3"),
+    ("sm_100", 4, "some"): (128, 64, 32, 8, 3, "tf32x3"),
     ("sm_100", 4, "many"): (64, 64, 32, 8, 3, "tf32x3"),
     ("sm_100", 4, "unaligned"): (64, 64, 32, 8, 2, "tf32x3"),
     ("gfx942", 2, "few"): (128, 64, 64, 8, 2, "ieee"),
+    ("gfx942", 2, "some"): (128, 64, 64, 8, 2, "ieee"),
     ("gfx942", 2, "many"): (64, 64, 64, 8, 2, "ieee"),
     ("gfx942", 2, "unaligned"): (64, 64, 32, 8, 2, "ieee"),
     ("gfx942", 4, "few"): (128, 64, 32, 8, 2, "ieee"),
+    ("gfx942", 4, "some"): (128, 64, 32, 8, 2, "ieee"),
     ("gfx942", 4, "many"): (64, 64, 32, 8, 2, "ieee"),
     ("gfx942", 4, "unaligned"): (64, 64, 32, 8, 2, "ieee"),
 }
@@ -218,7 +237,8 @@ def plan(
     kept = max(16, triton.next_power_of_2(number_kept(k, exclude)))
     # Triton knows of an alignment only when a stride is a multiple of 16 elements.
     is_aligned = all(x.shape[1] % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) == 1 for x in (queries, points))
-    variant = ("few" if kept <= 32 else "many") if is_aligned else "unaligned"
+    is_squared = metric == "sqeuclidean"
+    variant = "unaligned" if not is_aligned else "many" if kept > 32 else "some" if kept > 16 or is_squared else "few"
     block_q, block_p, block_d, num_warps, num_stages, precision = LAUNCH_TABLE[
         architecture, queries.element_size(), variant
     ]
@@ -226,7 +246,6 @@ def plan(
     slices = max(1, min(triton.cdiv(PROGRAMS_WANTED, max(1, query_blocks)), tiles // LEAST_TILES))
     slice_points = triton.cdiv(tiles, slices) * block_p
     slices = triton.cdiv(n, slice_points)
-    is_squared = metric == "sqeuclidean"
     near_queries, near_points, half_squares = queries, points, None
     if is_squared:
         if queries.dtype == torch.float32:

@@ -80,7 +80,7 @@ def check_matches_the_reference_on_larger_cases(name, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("k", [4, 100])
+@pytest.mark.parametrize("k", [4, 50])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 @pytest.mark.parametrize("architecture", TARGETS)
 def check_tiles_of_every_architecture(architecture, dtype, k, monkeypatch):
@@ -171,6 +171,13 @@ machine = [
     pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing"),
     pytest.mark.usefixtures("compiled_afresh"),
 ]
+# Most that a prediction may exceed the floor; above 1.3 the reason is in docs/measured.md.
+PREDICTED = [
+    ("A100", torch.bfloat16, 1.3),
+    ("A100", torch.float32, 1.1),
+    ("H100", torch.bfloat16, 1.6),
+    ("H100", torch.float32, 1.1),
+]
 SIZES = (1_000_000, 1_000_000, 1024)  # queries, points, features
 
 
@@ -186,7 +193,7 @@ class TestMachineCode:
     pytestmark = machine
 
     def test_scan_of_16_bit_rows(self, architecture):
-        code = assert_sound(launches(architecture, torch.bfloat16)[0], architecture)
+        code = assert_sound(launches(architecture, torch.bfloat16, metric="dot")[0], architecture)
         assert code.stack_bytes == code.local_accesses == code.atomics == code.narrow_loads == 0
         assert any(opcode.startswith(MATRIX_OPCODE[architecture]) for opcode in code.matrix)
 
@@ -202,8 +209,8 @@ class TestAllMachineCode:
     def test_every_entry_of_the_table(self, key):
         architecture, itemsize, variant = key
         sizes = (5000, 50_001, 200) if variant == "unaligned" else (5000, 50_000, 384)
-        k = 100 if variant != "few" else 10
-        scan, decide = launches(architecture, DTYPES[itemsize], sizes, k)
+        k, metric = {"few": (10, "dot"), "some": (25, "sqeuclidean")}.get(variant, (50, "sqeuclidean"))
+        scan, decide = launches(architecture, DTYPES[itemsize], sizes, k, metric)
         blocks = tuple(scan.constants[name] for name in ("BLOCK_Q", "BLOCK_P", "BLOCK_D"))
         assert blocks == kernel.LAUNCH_TABLE[key][:3]
         assert_sound(scan, architecture, allowed=["narrow loads"] if variant == "unaligned" else [])
@@ -216,10 +223,12 @@ class TestAllMachineCode:
             assert_sound(launch, "sm_90", allowed=["narrow loads"])
 
     @pytest.mark.slow
-    @pytest.mark.parametrize(("chip", "dtype", "most"), [("H100", torch.float32, 2.0)])
+    @pytest.mark.parametrize(
+        ("chip", "dtype", "most"), PREDICTED, ids=[f"{chip}-{dtype}" for chip, dtype, _ in PREDICTED]
+    )
     def test_predicted_time(self, chip, dtype, most):
         chip = triton_predict.CHIPS[chip]
-        scan = launches(chip.architecture, dtype)[0]
+        scan = launches(chip.architecture, dtype, metric="dot")[0]
         prediction = triton_predict.predict(code_of(scan, chip.architecture), kernel.work(scan, *SIZES), chip)
         assert 1 <= prediction.ratio <= most
 
