@@ -18,6 +18,7 @@ from fastsel.kernels.facility_location import gpu_triton as gains
 from fastsel.kernels.k_center import gpu_triton as nearest
 from fastsel.kernels.linear_token_stats import gpu_triton as stats
 from fastsel.kernels.linear_token_stats.cases import ALL_OUTPUTS
+from fastsel.kernels.topk_similarity import gpu_triton as topk
 from fastsel.kernels.tree_attention import gpu_triton as tree
 from fastsel.kernels.tree_attention.segments import Segments
 
@@ -41,6 +42,10 @@ GAINS = {  # candidates, points, and what else is given
 GAINS_D = 1024
 CENTRES = (16, 64, 256, 1024)  # of a pass over NEAREST_ROWS
 NEAREST_ROWS, NEAREST_D = 1_000_000, 1024
+NEIGHBOURS = {  # queries, points, features; cosines of unit rows, 10 neighbours without the row itself, and the minimum
+    "density of 1M, d = 1,024": (1_000_000, 1_000_000, 1024),
+    "50,000 among 1M, d = 384": (50_000, 1_000_000, 384),
+}
 GREEDY_ROWS, GREEDY_PICKS = 1_000_000, 10_000
 
 
@@ -130,6 +135,11 @@ def launches(architecture: str) -> Iterator[tuple[str, Launch, Work]]:
             yield f"facility_location, {name}, {kind}", *gains_launch(architecture, dtype, n, m, **given)
         for b in CENTRES:
             yield f"k_center, 1M points, {b:,} centres, {kind}", *nearest_launch(architecture, dtype, b)
+        for name, (b, n, d) in NEIGHBOURS.items():
+            itself = meta(b, dtype=torch.int64)
+            options = (meta(b, d, dtype=dtype), meta(n, d, dtype=dtype), 10, "dot", itself, True)
+            launch = topk.plan(*options, architecture=architecture)[1][0]
+            yield f"topk_similarity, {name}, {kind}", launch, topk.work(launch, b, n, d)
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ METRICS = {
     "vendi": Metric("vectors", "effective number of different rows"),
     "log_determinant": Metric("vectors", "log volume of the cosines, ridge 1e-6"),
     "facility_location": Metric("vectors", "similarity of a reference row to its nearest row, mean", "needed"),
+    "novelsum": Metric("vectors", "distance to the other rows, near ones weighing most, by density", "used"),
     "partition_entropy": Metric("vectors", "spread over 100 clusters of the reference, bits", "needed"),
 }
 
@@ -212,6 +213,8 @@ def _computation(name: str, pool: Side | None) -> Callable[[Side, Rows], float]:
         of_vectors = partial(metrics.dist_sum, average="pairs")
     elif name == "facility_location":
         of_vectors = partial(metrics.facility_location, reference=_all_vectors(pool), average=True)
+    elif name == "novelsum":
+        of_vectors = partial(metrics.novelsum, reference=None if pool is None else _all_vectors(pool))
     elif name == "partition_entropy":
         of_vectors = partial(metrics.partition_entropy, centroids=reference_centroids(_all_vectors(pool)))
     else:

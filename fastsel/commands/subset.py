@@ -89,7 +89,8 @@ def _side(pool: "Pool", encoder: Any, text: str, device: str, progress: str) -> 
     found = embed_pool(pool, encoder, text=text, device=device, progress=progress)
 
     def vectors(rows: Rows) -> NDArray[np.float32]:
-        return found.matrix[np.searchsorted(found.rows, rows)]
+        # All of them: the matrix as it is, which may be mapped from a file.
+        return found.matrix if rows is found.rows else found.matrix[np.searchsorted(found.rows, rows)]
 
     model = found.provenance.get("model", {})
     return Side(found.rows, texts, vectors), str(model.get("name", encoder) if isinstance(model, dict) else model)

@@ -51,7 +51,7 @@ def test_every_metric_of_a_subset_found_by_content(data):
         "ttr": of.ttr(texts), "vocd_d": of.vocd_d(texts), "dist_sum": of.dist_sum(x, average="pairs"),
         "dist_sum_l2": of.dist_sum(x, metric="euclidean", average="pairs"), "knn": of.knn(x), "radius": of.radius(x),
         "vendi": of.vendi(x), "log_determinant": of.log_determinant(x),
-        "facility_location": of.facility_location(x, usable, average=True),
+        "facility_location": of.facility_location(x, usable, average=True), "novelsum": of.novelsum(x, usable),
     }  # fmt: skip
     for name, value in expected.items():
         assert values[name] == pytest.approx(value, rel=1e-9), name
