@@ -117,7 +117,7 @@ def read_labels(
                     if not 0 <= value < float("inf"):
                         raise _UnlabelledError(f"its quality is {value}, not a finite number of at least 0")
                 except _UnlabelledError as unlabelled:
-                    status[row_id], reasons[row_id] = SKIPPED, str(unlabelled)
+                    status[row_id], reasons[row_id] = SKIPPED, f"{pool.place(row_id)}: {unlabelled}"
                     continue
                 rows.append(row_id)
                 tags.append(counted)
@@ -150,7 +150,8 @@ def one_label_a_row(pool: "Pool", embeddings: Embeddings, labels: NDArray[np.int
     quality = np.ones(len(rows)) if pool.scores is None else pool.scores[rows]
     is_usable = quality >= 0
     for row, value in zip(rows[~is_usable].tolist(), quality[~is_usable].tolist(), strict=True):
-        status[row], reasons[row] = SKIPPED, f"its quality is {value}, not a finite number of at least 0"
+        reason = f"its quality is {value}, not a finite number of at least 0"
+        status[row], reasons[row] = SKIPPED, f"{pool.place(row)}: {reason}"
     rows, labels, quality = rows[is_usable], labels[is_usable], quality[is_usable]
     names = [f"cluster {number}" for number in range(int(labels.max(initial=-1)) + 1)]
     return Labels(

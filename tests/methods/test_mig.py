@@ -71,9 +71,9 @@ def test_without_official_rows_without_a_valid_tag_are_skipped_with_a_reason():
     got = mig(GOLDEN / "mig_rows.jsonl", valid_tags=GOLDEN / "mig_valid_tags.json", budget=0.1)
     unlabelled = [kept for kept, tags in zip(recorded["kept"], recorded["tags"], strict=True) if not tags]
     assert unlabelled and not got.eligible[unlabelled].any()
-    assert got.reasons[unlabelled[0]] == "none of its tags (annotation.instag.content) counts"
-    assert got.reasons[20] == "there is no quality in annotation.deita.quality_scores"
-    assert got.reasons[41] == "there are no tags in annotation.instag.content"
+    assert got.reasons[unlabelled[0]].endswith(": none of its tags (annotation.instag.content) counts")
+    assert got.reasons[20] == "line 21: there is no quality in annotation.deita.quality_scores"
+    assert got.reasons[41] == "line 42: there are no tags in annotation.instag.content"
 
 
 def test_quality_is_one_where_no_row_has_any_or_that_of_the_score_column():

@@ -219,6 +219,14 @@ def test_edges_all_rows_equal_are_taken_in_order():
     assert indices.tolist() == list(range(300))
 
 
+def test_edges_a_lower_row_outside_the_front_ties_with_its_best(monkeypatch):
+    """20 equal rows, fronts of 5, 5 and then 10: the third front holds rows 10 to 19, and row 1, outside, ties."""
+    module = sys.modules["fastsel.selectors.mig"]
+    monkeypatch.setattr(module, "LEAST_FRONT", 5)
+    monkeypatch.setattr(module, "FRONT_ROWS", 0)
+    assert mig(np.ones((20, 1)), 4)[0].tolist() == [0, 1, 2, 3]
+
+
 def test_edges_zero_label_vector_resembles_only_itself():
     embeddings = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 0.1]])
     assert_same(
