@@ -50,7 +50,7 @@ def matches():
     for name in ("native", "torch"):
         for case in CASES.values():
             for dtype in (torch.float32, torch.float64, torch.bfloat16):
-                # native refuses 16 bits; the dense reference of 939,000 x 4,531 does not fit
+                # native refuses 16 bits
                 if not case.slow and (name, dtype) != ("native", torch.bfloat16):
                     marks = [NEEDS_LIBRARY] * (name == "native")
                     yield pytest.param(name, case, dtype, id=f"{name}-{case.name}-{dtype}", marks=marks)
