@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from fastsel.kernels._runtime.triton_launch import Launch, Work
-from fastsel.kernels._runtime.triton_predict import CHIPS, Chip, floor_seconds, predict
+from fastsel.kernels._runtime.triton_predict import CHIPS, Chip, floor_seconds, predict, predict_streaming
 from fastsel.kernels._runtime.triton_proof import compile_launch, machine_code
 from fastsel.kernels.facility_location import gpu_triton as gains
 from fastsel.kernels.k_center import gpu_triton as nearest
 from fastsel.kernels.linear_token_stats import gpu_triton as stats
 from fastsel.kernels.linear_token_stats.cases import ALL_OUTPUTS
+from fastsel.kernels.novelty import gpu_triton as novel
 from fastsel.kernels.topk_similarity import gpu_triton as topk
 from fastsel.kernels.tree_attention import gpu_triton as tree
 from fastsel.kernels.tree_attention.segments import Segments
@@ -47,6 +48,7 @@ NEIGHBOURS = {  # queries, points, features; cosines of unit rows, 10 neighbours
     "50,000 among 1M, d = 384": (50_000, 1_000_000, 384),
 }
 GREEDY_ROWS, GREEDY_PICKS = 1_000_000, 10_000
+NOVEL_ROWS, NOVEL_D, CONTENDERS = 1_000_000, 1024, 256  # rows of the pool, rows scored exactly at a time
 
 
 def pairs_of_passes(number: int = 60) -> Segments:
@@ -86,6 +88,26 @@ def nearest_launch(architecture: str, dtype: torch.dtype, b: int) -> tuple[Launc
     vectors = meta(n, dtype=floats), None, meta(n, dtype=floats), meta(b, dtype=floats)
     launch = nearest.plan(*matrices, *vectors, architecture=architecture)[1][0]
     return launch, nearest.work(launch, n, b, NEAREST_D)
+
+
+def novelty_launches(architecture: str, dtype: torch.dtype, n: int, t: int, rank_by: str) -> list[Launch]:
+    """One call of novelty's kernels, both densities given."""
+    density, weights = meta(n, dtype=torch.float64), meta(t, 1, dtype=torch.float64)
+    matrices = meta(n, NOVEL_D, dtype=dtype), meta(t, NOVEL_D, dtype=dtype)
+    options = (weights, density, meta(t, dtype=torch.float64), rank_by)
+    return novel.plan(*matrices, *options, architecture=architecture)[1]
+
+
+def append_bound(chip: Chip, dtype: torch.dtype) -> str:
+    """A row of the table: the append bound of all rows, which reads each of them once."""
+    (launch,) = novelty_launches(chip.architecture, dtype, NOVEL_ROWS, 1, "order")
+    code = machine_code(compile_launch(launch, chip.architecture), chip.architecture)
+    needed = NOVEL_ROWS * (NOVEL_D * dtype.itemsize + 8 + 4)
+    p = predict_streaming(code, launch.grid[0], NOVEL_D // launch.constants["BLOCK_D"], needed, chip)
+    return (
+        f"{p.seconds * 1e6:,.0f} us | {p.floor_seconds * 1e6:,.0f} us | {p.ratio:.2f} "
+        f"| {p.programs_resident} | {p.inner_limit} | {p.outer_limit} |"
+    )
 
 
 def greedy(chip: Chip, dtype: torch.dtype) -> tuple[float, float, float]:
@@ -140,6 +162,10 @@ def launches(architecture: str) -> Iterator[tuple[str, Launch, Work]]:
             options = (meta(b, d, dtype=dtype), meta(n, d, dtype=dtype), 10, "dot", itself, True)
             launch = topk.plan(*options, architecture=architecture)[1][0]
             yield f"topk_similarity, {name}, {kind}", launch, topk.work(launch, b, n, d)
+        for t in (1000, 4000):
+            launch = novelty_launches(architecture, dtype, CONTENDERS, t, "weighted")[0]
+            label = f"novelty, distances of {CONTENDERS} contenders to {t:,} picks, {kind}"
+            yield label, launch, novel.work(launch, CONTENDERS, t, NOVEL_D)
 
 
 def main() -> None:
@@ -158,6 +184,11 @@ def main() -> None:
                 f"| {p.programs_resident} | {p.inner_limit} | {p.outer_limit} |",
                 flush=True,
             )
+    if "novelty".startswith(wanted):
+        for name, chip in CHIPS.items():
+            for dtype in (torch.bfloat16, torch.float32):
+                kind = str(dtype).removeprefix("torch.")
+                print(f"| novelty, append bound of 1M rows, {kind} | {name} | {append_bound(chip, dtype)}", flush=True)
     if "facility_location".startswith(wanted):
         print(f"\n| greedy, n = {GREEDY_ROWS:,}, d = {GAINS_D:,}, k = {GREEDY_PICKS:,} | updates | floor | 16 a pick |")
         print("| --- | --- | --- | --- |")

@@ -128,6 +128,35 @@ def predict(code: MachineCode, work: Work, chip: Chip) -> Prediction:
     )
 
 
+def predict_streaming(code: MachineCode, programs: int, passes: int, needed_bytes: int, chip: Chip) -> Prediction:
+    """Predict the time of a launch without matrix products, whose programs go through one long loop over their rows.
+
+    Args:
+        code: compiled for the chip's architecture.
+        programs, passes: of the launch, and through the loop of each.
+        needed_bytes: that the task moves at least; with enough in flight they take the memory's rate.
+        chip: one of CHIPS.
+
+    Raises:
+        ValueError: the compiled kernel has no loop.
+    """
+    opcodes, loops = instructions_and_loops(code.listing)
+    if not loops:
+        raise ValueError("the machine code has no loop")
+    loop = max(loops, key=lambda one: one.stop - one.start)
+    inner = busy_cycles(opcodes[loop.start : loop.stop], chip, code.num_warps)
+    outer = busy_cycles(opcodes[: loop.start] + opcodes[loop.stop :], chip, code.num_warps)
+    cycles = max(passes * inner[unit] + outer[unit] for unit in inner)
+    floor = needed_bytes / chip.memory_bytes_s
+    return Prediction(
+        seconds=max(makespan([(programs, cycles)], chip.multiprocessors) / chip.clock_hz, floor),
+        floor_seconds=floor,
+        programs_resident=programs_per_multiprocessor(code, chip.architecture),
+        inner_limit=max(inner, key=lambda unit: inner[unit]),
+        outer_limit=max(outer, key=lambda unit: outer[unit]),
+    )
+
+
 def makespan(costs: Sequence[tuple[int, float]], workers: int) -> float:
     """When the last of (number, cost) jobs ends if each goes, in order, to the worker that is free first."""
     free = [0.0] * workers

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from fastsel.kernels._runtime import triton_predict, triton_proof  # noqa: E402
 from fastsel.kernels._runtime.testing import assert_as_exact  # noqa: E402
 from fastsel.kernels._runtime.triton_launch import INTERPRETED, Launch  # noqa: E402
 from fastsel.kernels._runtime.triton_proof import TARGETS, assert_sound  # noqa: E402
@@ -201,6 +202,12 @@ class TestMachineCode:
             code = assert_sound(launch, architecture)
             assert code.stack_bytes == code.local_accesses == code.atomics == 0
             assert code.wide_loads and not code.matrix
+            # It reads its rows at the memory's rate: whatever else it does takes less.
+            for chip in triton_predict.CHIPS.values():
+                if chip.architecture == architecture:
+                    passes, needed = 1024 // launch.constants["BLOCK_D"], 1_000_000 * (1024 * dtype.itemsize + 12)
+                    found = triton_predict.predict_streaming(code, launch.grid[0], passes, needed, chip)
+                    assert 1 <= found.ratio <= 1.05 and found.programs_resident >= 2
 
     def test_distances_of_16_bit_rows_on_hopper(self):
         assert_sound(launches("sm_90", torch.bfloat16)[0], "sm_90")
@@ -240,6 +247,13 @@ class TestMachineCode:
         for rank_by in ("weighted", "order"):
             for launch in launches("sm_90", dtype, rank_by, n=1, t=1, d=1):
                 assert_sound(launch, "sm_90", allowed=["narrow loads"])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_a_stream_that_has_no_loop_is_not_predicted():
+    code = triton_proof.MachineCode(8, 0, 0, 0, 0, 4, *[{}] * 2, 0, 0, 0, frozenset(), "/*0010*/ EXIT ;")
+    with pytest.raises(ValueError, match="no loop"):
+        triton_predict.predict_streaming(code, 1, 1, 1, triton_predict.CHIPS["H100"])
 
 
 def test_refuses_what_it_cannot_sort_and_cpu_tensors():
