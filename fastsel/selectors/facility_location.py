@@ -81,7 +81,7 @@ def facility_location(
     Returns:
         indices int64 [k] in the order of choice, and what each added to F, float64 [k], computed in float64 from the
         rows as given. All rows that may be chosen when k exceeds them. Rows within 1e-9 (relative) of the best tie, and
-        the lowest goes first. The first j picks are the selection for j.
+        the lowest goes first. The first j picks of the exact optimizers are the selection for j.
 
     Raises:
         UsageError: an argument is not as above; a row with NaN or infinity is named.
