@@ -1,11 +1,16 @@
 """DEITA's representation filter over an embedded pool, by hand and against a transcription."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import fastsel
 from fastsel.errors import InputError, UsageError
 from fastsel.io import open_pool
+
+GOLDEN = Path(__file__).with_name("golden")
 
 
 def repr_filter(matrix, scores=None, **options):
@@ -66,6 +71,16 @@ def test_official_sorts_equal_scores_as_pandas_does():
     assert got.indices.tolist() == theirs
     ours = repr_filter(np.eye(200), scores, budget=200)
     assert ours.indices.tolist() == np.argsort(-scores, kind="stable").tolist()
+
+
+@pytest.mark.parametrize("threshold", [0.9, 0.7])
+def test_official_keeps_what_the_authors_filter_keeps(threshold):
+    recorded = json.loads((GOLDEN / "repr_filter.json").read_text())[str(threshold)]
+    random = np.random.RandomState(20240613)
+    x, scores = random.standard_normal((160, 5)), random.randint(0, 10, 160).astype(float)
+    budget = recorded["size"] if recorded["size"] > 0 else 160
+    got = repr_filter(x, scores, official=True, threshold=threshold, budget=budget)
+    assert got.indices.tolist() == recorded["rows"]
 
 
 def test_refuses():
