@@ -38,6 +38,7 @@ from fastsel.kernels.topk_similarity.contenders import common_centre, number_kep
 PROGRAMS_WANTED = 1024  # enough for every multiprocessor to have several; more slices mean more contenders
 LEAST_TILES = 8  # tiles of a slice: below, most of the time goes into first contenders
 MOST_KEPT = 64
+DECIDE_TILE = 512  # contenders x features that a program of the second kernel holds; 1,024 spill here and there
 # (architecture, bytes of an element, variant): BLOCK_Q, BLOCK_P, BLOCK_D, num_warps, num_stages, float32 products
 # "few": dot products, at most 16 contenders; "some": at most 32, or distances; "many": up to 64; "unaligned": rows are
 # no multiple of 16 elements.
@@ -59,7 +60,7 @@ LAUNCH_TABLE = {
     ("sm_90", 4, "many"): (64, 64, 32, 8, 3, "tf32x3"),
     ("sm_90", 4, "unaligned"): (64, 64, 32, 8, 2, "tf32x3"),
     ("sm_100", 2, "few"): (128, 128, 64, 8, 3, "ieee"),
-    ("sm_100", 2, "some"): (128, 128, 64, 8, 3, "ieee"),
+    ("sm_100", 2, "some"): (64, 128, 64, 8, 3, "ieee"),
     ("sm_100", 2, "many"): (64, 128, 64, 8, 3, "ieee"),
     ("sm_100", 2, "unaligned"): (64, 64, 32, 8, 2, "ieee"),
     ("sm_100", 4, "few"): (128, 128, 32, 8, 3, "tf32x3"),
@@ -287,7 +288,12 @@ def plan(
         | {"query_squares_ptr": _squares(near_queries) if is_squared and minimum else None}
         | {"exclude_ptr": None if exclude is None else exclude.contiguous(), "K": k}
         | {"values_ptr": results["values"], "indices_ptr": results["indices"], "minimum_ptr": results["minimum"]},
-        {"ALL_KEPT": triton.next_power_of_2(slices * kept), "KEPT": kept, "BLOCK_D": 64, "SQUARED": is_squared},
+        {
+            "ALL_KEPT": triton.next_power_of_2(slices * kept),
+            "KEPT": kept,
+            "BLOCK_D": DECIDE_TILE // kept,
+            "SQUARED": is_squared,
+        },
         {"num_warps": 4},
     )
     return results, [scan, decide]

@@ -73,19 +73,22 @@ def check_16_bit_rows():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["odd_squared", "itself", "wide"])
+@pytest.mark.parametrize(("name", "dtype"), [("odd_squared", torch.float32), ("itself", torch.float16)])
 def check_matches_the_reference_on_larger_cases(name, dtype):
     compare(make_inputs(CASES[name], dtype, "cpu"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("k", [4, 50])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
-@pytest.mark.parametrize("architecture", TARGETS)
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "k"),
+    [
+        *((architecture, dtype, 4) for architecture in TARGETS for dtype in DTYPES.values()),
+        ("sm_90", torch.float32, 50),
+    ],
+)
 def check_tiles_of_every_architecture(architecture, dtype, k, monkeypatch):
     monkeypatch.setattr(kernel, "triton_architecture", lambda tensor: architecture)
-    compare(make_inputs(Case("tiles", 140, 300, 80, k, "two blocks of queries, several tiles"), dtype, "cpu"))
+    compare(make_inputs(Case("tiles", 70, 290, 80, k, "two blocks of queries for most, several tiles"), dtype, "cpu"))
 
 
 @small
