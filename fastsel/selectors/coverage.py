@@ -22,7 +22,8 @@ class Coverage:
 
     Attributes:
         n, m: numbers of candidates and points.
-        best: float64 [m] on the points' device; -inf while there is neither a pick nor a floor.
+        best: float64 [m] on the points' device; -inf while is_empty.
+        is_empty: whether there is neither a pick nor a floor.
         columns: points passed to all candidates so far, and m / n for each row fetched: `columns / m` is the number of
             passes over all pairs (a pass whose other half follows by symmetry counts half).
         fetched: similarity rows made in float64.
@@ -46,6 +47,7 @@ class Coverage:
         self._weights = None if weights is None else torch.from_numpy(weights).to(self.device)
         start = -torch.inf if floor is None else floor
         self.best = torch.full((self.m,), start, dtype=torch.float64, device=self.device)
+        self.is_empty = floor is None
         self._lengths = torch.from_numpy(points.lengths).to(self.device) if points.unit else None
         # Squared distances are differences of squared lengths in float32: the nearer to the origin, the more exact.
         self._centre = self._mean() if self._similarity != "dot" else None
@@ -61,13 +63,14 @@ class Coverage:
 
     @property
     def is_symmetric(self) -> bool:
-        """Whether points are the candidates, all in memory: then a pass from scratch costs half."""
-        return self.candidates is self.points and not self._is_streamed and self.device.type == "cpu"
+        """Whether a pass from scratch costs half: points are the candidates, and the compiled code has packed them."""
+        return self.candidates is self.points and isinstance(self._packed, PackedCandidates)
 
     def gains(self) -> NDArray[np.float64]:
         """What each candidate would add, [n], from float32 similarities: one pass, half of it by symmetry."""
+        gains = self._sums(None, self.best.float(), None)
         self.columns += self.m / 2 if self.is_symmetric else self.m
-        return self._sums(None, self.best.float(), None)
+        return gains
 
     def losses(self, moved: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> NDArray[np.float64]:
         """By how much each candidate's gain fell when the best of these points (numbers) rose; float32 [len(moved)]."""
@@ -117,7 +120,7 @@ class Coverage:
 
     def gain_of(self, similarities: torch.Tensor) -> float:
         """What a row with these similarities [m] would add."""
-        terms = torch.where(self.best == -torch.inf, similarities, (similarities - self.best).clamp_(min=0))
+        terms = similarities.clone() if self.is_empty else (similarities - self.best).clamp_(min=0)
         if self._weights is not None:
             terms *= self._weights
         # numpy adds pairwise on one thread; torch splits a long sum by the number of threads.
@@ -125,7 +128,7 @@ class Coverage:
 
     def add(self, similarities: torch.Tensor) -> None:
         """Take a row with these similarities [m] among the chosen."""
-        self.best = torch.maximum(self.best, similarities)
+        self.best, self.is_empty = torch.maximum(self.best, similarities), False
 
     def _sums(self, moved: torch.Tensor | None, best: torch.Tensor, raised: torch.Tensor | None) -> NDArray[np.float64]:
         """The kernel's sums over all points, or over those given by number; best and raised belong to them."""

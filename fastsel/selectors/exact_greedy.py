@@ -14,8 +14,8 @@ Maintained gains may come from rows rounded to bytes, at a third of the time. Th
 evaluating them costs more than is saved, float32 rows are taken from there on.
 
 The error of maintained gains is not bounded by theory (worst-case bounds of float32 sums are a thousand times what
-occurs) but measured: whenever a candidate is evaluated while bounds are current, the difference is known, and eight
-times the largest recent difference is allowed to every other candidate.
+occurs) but measured: whenever a candidate is evaluated while bounds are current, the difference is known. Every other
+candidate is allowed eight times the root mean square of the recent ones, and at least twice the largest.
 """
 
 from typing import Any
@@ -28,7 +28,9 @@ from fastsel.selectors.constraints import Constraints
 from fastsel.selectors.coverage import Coverage
 
 TIE = 1e-9  # relative: gains that differ by less are equal, and the lowest row goes first
-SAFETY = 8.0
+DEVIATIONS, LARGEST_ERRORS = 8.0, 2.0  # what is allowed, in root mean squares and in largest recent errors
+FLOAT32_ROUNDING = 1e-7
+FORGET = 0.98  # the weight of an error after each later one: about the last 50 count
 FIRST_LOOK = 16  # contenders evaluated before the first pick, which measure the error of the maintained gains
 BATCH, LARGEST_BATCH = 8, 64
 STALE_LOOKS = 8  # kept contenders evaluated against stale bounds, before these are brought up to date
@@ -58,9 +60,11 @@ class ExactGreedy:
         self._caps = np.full(n, np.inf)  # the last float64 gain of each candidate
         self._evaluated_at = np.full(n, -1)  # the pick before which that was
         self._step, self.syncs = 0, 0
-        self._excess = self._saved = 0.0  # columns since the last review: fetched beyond a pick's first, saved by bytes
+        # Columns since the last review: fetched beyond a pick's first, saved by bytes; and what was lost before.
+        self._excess = self._saved = self._loss = 0.0
         # "sampled" knows no gain before it is asked for: a pass over all pairs is what sampling avoids.
         self._gains, self._synced, self._allowance = np.full(n, np.inf), coverage.best.float(), 0.0
+        self._mean_square = self._seen = self._largest_error = 0.0  # of the errors of maintained gains
         self._is_current = True  # the maintained gains know every pick
         if optimizer != "sampled":
             self._restart()
@@ -92,7 +96,7 @@ class ExactGreedy:
         adds = self._scale * float(self._caps[row]) + (
             self._shift if isinstance(self._shift, float) else float(self._shift[row])
         )
-        was_empty = self.is_empty()
+        was_empty = self.coverage.is_empty
         self.coverage.add(self.coverage.row(row))
         self.constraints.take(row)
         self._step += 1
@@ -102,10 +106,6 @@ class ExactGreedy:
             if self._optimizer != "sampled":
                 self._restart()
         return adds
-
-    def is_empty(self) -> bool:
-        """Whether there is neither a floor nor a pick yet."""
-        return bool((self.coverage.best == -torch.inf).any())
 
     def evaluate(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """Float64 values of rows for the present pick; their similarity rows are kept (at most half of the room)."""
@@ -161,17 +161,17 @@ class ExactGreedy:
             bounds = self._bounds(allowed)
 
     def _review(self) -> None:
-        """Leave bytes where the contenders that their error lets in cost more than they save."""
-        loss = (self._excess - self._saved) / REVIEW_PICKS
-        if loss * min(self.constraints.room, self.coverage.n) > self.coverage.m / 2:
+        """Leave bytes once the contenders that their error let in have cost as much more as leaving costs."""
+        self._loss = max(0.0, self._loss + self._excess - self._saved)
+        self._excess = self._saved = 0.0
+        if self._loss > self.coverage.m / 2:
             self.coverage.leave_bytes()
             self._restart()
-        self._excess = self._saved = 0.0
 
     def _restart(self) -> None:
         """Maintained gains from scratch; their error is to be measured anew."""
         self._gains, self._synced, self._is_current = self.coverage.gains(), self.coverage.best.float(), True
-        self._allowance = 1e-6 * float(np.abs(self._gains).max(initial=0.0))
+        self._mean_square = self._seen = self._largest_error = 0.0
 
     def _fetch(
         self, contenders: NDArray[np.int64], bounds: NDArray[np.float64], allowed: NDArray[np.bool_], batch: int
@@ -194,12 +194,26 @@ class ExactGreedy:
 
     def _evaluate(self, rows: NDArray[np.int64]) -> None:
         exact = self.coverage.exact_gains(rows)
-        above = exact - self._gains[rows]
-        # Stale gains are bounds only: falling below them is no error.
-        error = float((np.abs(above) if self._is_current else above).max())
-        if np.isfinite(error):
-            self._allowance = max(self._allowance, SAFETY * error)
+        errors = exact - self._gains[rows]
         self._caps[rows], self._evaluated_at[rows] = exact, self._step
+        if not np.isfinite(self._gains[rows[0]]):  # "sampled" maintains no gains
+            return
+        if self._is_current:
+            weights = FORGET ** np.arange(len(rows))
+            self._mean_square = (weights @ errors**2 + weights[-1] * FORGET * self._seen * self._mean_square) / (
+                weights.sum() + weights[-1] * FORGET * self._seen
+            )
+            self._seen = float(weights.sum() + weights[-1] * FORGET * self._seen)
+            self._largest_error = max(self._largest_error, float(np.abs(errors).max()))
+        else:  # falling below a stale gain is no error
+            self._largest_error = max(self._largest_error, float(errors.max()))
+        self._allow()
+
+    def _allow(self) -> None:
+        rounding = FLOAT32_ROUNDING * float(np.abs(self._gains).max())  # where no error has been seen yet
+        self._allowance = max(
+            rounding, DEVIATIONS * float(np.sqrt(self._mean_square)), LARGEST_ERRORS * self._largest_error
+        )
 
     def _sync(self) -> None:
         """Bring the maintained gains up to date with every pick so far."""
@@ -214,7 +228,8 @@ class ExactGreedy:
         else:
             return
         self._synced = best
-        self._allowance *= 0.9  # gains fall, and the error with them
+        self._largest_error *= 0.9  # gains fall, and the error with them
+        self._allow()
         self.syncs += 1
 
     def run(self, stats: dict[str, Any] | None = None) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

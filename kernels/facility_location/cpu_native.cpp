@@ -350,14 +350,16 @@ static void run(const Problem& p, const Packed& candidates, int threads, float* 
     }
 }
 
-// One row in float64, filled up to padded_d with zeros.
+// One row in float64, filled up to padded_d with zeros. One loop a type, each a vector conversion.
 static void widen_row(const void* points, int64_t type, int64_t offset, int64_t d, int64_t padded_d, double* row) {
-    for (int64_t k = 0; k < d; ++k) {
-        if (type == 3) row[k] = static_cast<const double*>(points)[offset + k];
-        if (type == FLOAT32) row[k] = static_cast<const float*>(points)[offset + k];
-        if (type == BFLOAT16) row[k] = load_one<BFLOAT16>(points, offset + k);
-        if (type == FLOAT16) row[k] = load_one<FLOAT16>(points, offset + k);
-    }
+    const float* const floats = static_cast<const float*>(points) + offset;
+    if (type == FLOAT32)
+        for (int64_t k = 0; k < d; ++k) row[k] = floats[k];
+    else if (type == 3)
+        memcpy(row, static_cast<const double*>(points) + offset, d * sizeof(double));
+    else
+        for (int64_t k = 0; k < d; ++k)
+            row[k] = type == BFLOAT16 ? load_one<BFLOAT16>(points, offset + k) : load_one<FLOAT16>(points, offset + k);
     for (int64_t k = d; k < padded_d; ++k) row[k] = 0;
 }
 
