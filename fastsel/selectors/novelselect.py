@@ -14,7 +14,7 @@ from fastsel.selectors.rows import Rows, check_k, check_rows, check_values
 
 logger = logging.getLogger("fastsel")
 CONTENDERS = (32, 256)  # fewest and most rows scored exactly at a time
-COLUMNS = (16, 64)  # fewest and most columns fetched in one pass over the matrix
+COLUMNS = (4, 64)  # fewest and most columns fetched in one pass over the matrix
 COLUMN_VALUES = 2**25  # similarities kept: 128 MB
 # Scores as near as this, relatively, are equal: float64 sums of the same numbers in another order differ by less.
 TIE = 1e-12
@@ -132,6 +132,7 @@ class _Greedy:
         self.rows, self.implementation, self.is_paper = rows, implementation, rule == "paper"
         self.sigma, device = torch.from_numpy(sigma).to(rows.device), rows.device
         self.quality = None if (quality == 1).all() else torch.from_numpy(quality).to(device)
+        self.quality_on_host = quality
         self.picks: list[int] = []
         self.picked = torch.empty(most, rows.d, dtype=torch.float32, device=device)
         self.picked_exactly = torch.empty(most, rows.d, dtype=torch.float64, device=device)
@@ -142,8 +143,10 @@ class _Greedy:
         self.ceiling = torch.zeros(rows.n, dtype=torch.float64, device=device)
         self.slack = torch.zeros_like(self.ceiling)
         self.is_picked = torch.zeros(rows.n, dtype=torch.bool, device=device)
-        # Error of a float32 score: that of a product of unit vectors and a few roundings, times the sum of weights.
-        self.error = self.sigma.mul(0 if self.is_paper else 1).add_(self.sigma.max()).mul_(UNIT * (8 + rows.d**0.5))
+        # Error of a float32 product of unit vectors and a few roundings; of a score, times densities and weights.
+        self.rounding = UNIT * (8 + rows.d**0.5)
+        self.error = (self.sigma + self.sigma.max()) * (0.0 if self.is_paper else self.rounding)
+        self.error_on_host = self.error.cpu().numpy()
         self.columns: dict[int, torch.Tensor] = {}
         self.likely: list[int] = []  # rows that may be chosen next, best first
         self.n_columns, self.n_hits = COLUMNS[0], 1
@@ -180,7 +183,7 @@ class _Greedy:
 
     def _append(self, pick: int) -> None:
         t = self.t
-        exact = self.rows.exact([pick])[0]
+        exact = self.rows.exact(slice(pick, pick + 1))[0]
         self.picked_exactly[t], self.picked[t], self.picked_sigma[t] = exact, exact.float(), self.sigma[pick]
         self.is_picked[pick] = True
         self.picks.append(pick)
@@ -190,9 +193,11 @@ class _Greedy:
         self._append(pick)
         distances = 1 - self._column(pick)
         if self.is_paper:
-            self.ceiling += self._paper_increments(distances)
+            # Scores are exact there, so that the increments have to hold the error of float32 themselves.
+            self.ceiling += self._paper_increments(distances.double() + self.rounding)
         else:
-            self.ceiling += distances * (self.sigma + self.picked_sigma[self.t - 1]) * self.weight_list[self.t - 1]
+            densities = self.sigma + self.picked_sigma[self.t - 1]
+            self.ceiling.addcmul_(densities, distances.double(), value=self.weight_list[self.t - 1])
 
     def _paper_increments(self, distances: torch.Tensor) -> torch.Tensor:
         """What each score can gain from the newest pick u, at rank p and distance d, when picks rank by distance.
@@ -203,7 +208,7 @@ class _Greedy:
         """
         t, weights = self.t, self.weight_list
         least = self.picked_sigma[:t].min()
-        nearer = (distances[:, None] > self.quantiles + 1e-5).sum(1)
+        nearer = (distances[:, None] > self.quantiles + 3 * self.rounding).sum(1)
         by_rank = [weights[0], *(weights[min(rank, t - 1)] for rank in self.ranks)]
         at_rank = torch.tensor(by_rank, dtype=torch.float64, device=distances.device)[nearer]
         factors: torch.Tensor = weights[t - 1] * least + at_rank * (self.picked_sigma[t - 1] - least)
@@ -214,57 +219,54 @@ class _Greedy:
         if pick in self.columns:
             self.n_hits += 1
             return self.columns.pop(pick)
-        # Four times as many as were of use the last time: a pass with a few columns costs little more than with one.
+        # Twice as many as were of use the last time: a pass with a few columns costs little more than with one.
         room = max(1, COLUMN_VALUES // self.rows.n)
-        n_columns = min(max(4 * self.n_hits, COLUMNS[0]), COLUMNS[1], room)
+        n_columns = min(max(2 * self.n_hits, COLUMNS[0]), COLUMNS[1], room)
         wanted = [pick, *(row for row in self.likely if row != pick and row not in self.columns)][:n_columns]
         vectors = self.rows.take(wanted)
-        fetched = torch.empty(len(wanted), self.rows.n, dtype=torch.float32, device=self.rows.device)
+        fetched = [torch.empty(self.rows.n, dtype=torch.float32, device=self.rows.device) for _ in wanted]
         for start, block in self.rows.blocks() if self.rows.is_mapped else [(0, self.rows.whole())]:
-            torch.mm(vectors, block.T, out=fetched[:, start : start + len(block)])
+            for column, part in zip(fetched, (block @ vectors.T).unbind(1), strict=True):
+                column[start : start + len(block)] = part
         self.n_hits, self.n_passes = 1, self.n_passes + 1
         # A column stays true: those fetched earlier are kept while there is room, the oldest go first.
         for old in list(self.columns)[: max(0, len(self.columns) + len(wanted) - room)]:
             del self.columns[old]
-        self.columns |= {row: column.clone() for row, column in zip(wanted, fetched, strict=True)}
+        self.columns |= dict(zip(wanted, fetched, strict=True))
         return self.columns.pop(pick)
 
     def best(self) -> int:
         """The row with the greatest score; the lowest of those with equal ones."""
-        margin = self.error * self.weight_sums[self.t - 1]
-        bounds = self._valued(self.ceiling - self.slack + margin)
-        bounds[self.is_picked] = -torch.inf
-        rows = bounds.topk(min(self.n_contenders, len(bounds) - self.t)).indices
-        highest, lowest, found = [], [], []
-        floor = -torch.inf
+        weight = self.weight_sums[self.t - 1]
+        bounds = (self.ceiling - self.slack).add_(self.error, alpha=weight)
+        if self.quality is not None:
+            bounds *= self.quality
+        bounds.masked_fill_(self.is_picked, -torch.inf)
+        limits, rows = bounds.topk(min(self.n_contenders, len(bounds) - self.t))
+        found, highest, floor, n_needed = [], [], -np.inf, 0
         while len(rows):
-            scores = self._score(rows)
-            found.append(rows)
-            highest.append(self._valued(scores + margin[rows], rows))
-            lowest.append(self._valued(scores - margin[rows], rows))
-            floor = max(floor, float(lowest[-1].max()))
-            n_needed = int((bounds[rows] >= floor).sum())
-            bounds[rows] = -torch.inf
+            scores, numbers = self._score(rows), rows.cpu().numpy()
+            margin, quality = self.error_on_host[numbers] * weight, self.quality_on_host[numbers]
+            found.append(numbers)
+            highest.append((scores + margin) * quality)
+            floor = max(floor, float(((scores - margin) * quality).max()))
+            n_needed += int((limits >= floor).sum())
+            bounds.index_fill_(0, rows, -torch.inf)
             rows = (bounds >= floor).nonzero()[:, 0]
+            limits = bounds[rows]
             if len(rows) > CONTENDERS[1]:
-                rows = rows[bounds[rows].topk(CONTENDERS[1]).indices]
-        contenders, most = torch.cat(found), torch.cat(highest)
-        n_needed += sum(map(len, found[:-1]))
+                limits, first = limits.topk(CONTENDERS[1])
+                rows = rows[first]
         self.n_contenders = min(max(n_needed, CONTENDERS[0]), CONTENDERS[1])
-        order = most.argsort(descending=True)[: COLUMNS[1]]
-        self.likely = contenders[order].tolist()
+        contenders, most = np.concatenate(found), np.concatenate(highest)
+        self.likely = contenders[np.argsort(-most, kind="stable")[: COLUMNS[1]]].tolist()
         return self._decide(contenders[most >= floor])
 
-    def _valued(self, scores: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        if self.quality is None:
-            return scores
-        return scores * (self.quality if rows is None else self.quality[rows])
-
-    def _score(self, rows: torch.Tensor) -> torch.Tensor:
-        """Float64 [b]: scores of rows against all picks; their bounds fall to them."""
-        t, numbers = self.t, rows.cpu().numpy()
+    def _score(self, rows: torch.Tensor) -> NDArray[np.float64]:
+        """Scores [b] of rows against all picks; the rows' bounds fall to them."""
+        t = self.t
         if self.is_paper:
-            vectors, picked = self.rows.exact(numbers), self.picked_exactly[:t]
+            vectors, picked = self.rows.exact(rows.cpu().numpy()), self.picked_exactly[:t]
             scores = self._novelty(vectors, picked, self.weights[:t], rows)
             ranks = [rank for rank in self.ranks if rank <= t]
             one_hot = torch.zeros(t, len(ranks), dtype=torch.float64, device=rows.device)
@@ -272,10 +274,11 @@ class _Greedy:
             distances = novelty(vectors, picked, one_hot, implementation=self.implementation)
             self.quantiles[rows[:, None], torch.arange(len(ranks), device=rows.device)] = distances.float()
         else:
-            scores = self._novelty(self.rows.take(numbers), self.picked[:t], self.weights[:t], rows).double()
+            vectors = self.rows.take(rows.cpu().numpy()) if self.rows.is_mapped else self.rows.whole()[rows]
+            scores = self._novelty(vectors, self.picked[:t], self.weights[:t], rows).double()
         self.slack[rows] = self.ceiling[rows] - scores
         self.n_scored += len(rows)
-        return scores
+        return np.asarray(scores.cpu().numpy())
 
     def _novelty(
         self, vectors: torch.Tensor, picked: torch.Tensor, weights: torch.Tensor, rows: torch.Tensor
@@ -285,15 +288,16 @@ class _Greedy:
             rank_by="distance" if self.is_paper else "weighted", implementation=self.implementation,
         )  # fmt: skip
 
-    def _decide(self, rows: torch.Tensor) -> int:
+    def _decide(self, numbers: NDArray[np.int64]) -> int:
         """The best of rows that float32 cannot tell apart."""
-        if len(rows) == 1:
-            return int(rows[0])
-        t = self.t
-        vectors = self.rows.exact(rows.cpu().numpy())
-        scores = self._valued(self._novelty(vectors, self.picked_exactly[:t], self.weights[:t], rows), rows)
+        if len(numbers) == 1:
+            return int(numbers[0])
+        rows = torch.from_numpy(numbers).to(self.sigma.device)
+        picked, weights = self.picked_exactly[: self.t], self.weights[: self.t]
+        scores = self._novelty(self.rows.exact(numbers), picked, weights, rows).cpu().numpy()
+        scores = scores * self.quality_on_host[numbers]
         best = scores.max()
-        return int(rows[scores >= best - TIE * best.abs()].min())
+        return int(numbers[scores >= best - TIE * abs(best)].min())
 
     def gains(self, n_before: int) -> NDArray[np.float64]:
         """Float64: the score of each pick against those before it."""
@@ -307,5 +311,5 @@ class _Greedy:
                 score = weights[:i] @ values[np.lexsort((values, distances))]
             else:
                 score = weights[:i] @ np.sort(distances * (sigma[i] + sigma[:i])) / i
-            gains[i - n_before] = score * (1.0 if self.quality is None else float(self.quality[self.picks[i]]))
+            gains[i - n_before] = score * self.quality_on_host[self.picks[i]]
         return gains
