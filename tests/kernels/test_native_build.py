@@ -54,6 +54,20 @@ def run_python(code, *arguments, timeout=120, **environment):
     return done.stdout.split()
 
 
+@NEEDS_LIBRARY
+def test_a_library_of_other_sources_is_refused(monkeypatch, caplog):
+    """A checkout that moved on past its library: calling it would hand over the wrong arguments."""
+    monkeypatch.setattr(native, "_sources_hash", lambda: "0" * 64)
+    native._library.cache_clear()
+    try:
+        assert "of other C++ than lies here; run `python setup.py build_ext" in native.unavailable()
+        assert "slower code runs until then" in caplog.text
+    finally:
+        monkeypatch.undo()
+        native._library.cache_clear()
+    assert native.unavailable() is None
+
+
 def test_the_loader_and_the_build_name_the_same_instruction_sets():
     assert list(setup_constants()["X86_INSTRUCTION_SETS"]) == list(native.INSTRUCTION_SETS)
 
@@ -67,7 +81,8 @@ def test_every_function_is_exported_once_for_each_instruction_set_and_nothing_el
     exported = {line.split()[-1] for line in listing.splitlines()} - {"_init", "_fini"}
     names = [name for path in SOURCES for name in re.findall(r"FASTSEL_EXPORT\((\w+)\)", path.read_text())]
     assert set(OPERATIONS) <= set(names)
-    assert exported == {f"{name}_{isa}" for name in names for isa in setup_constants()["X86_INSTRUCTION_SETS"]}
+    functions = {f"{name}_{isa}" for name in names for isa in setup_constants()["X86_INSTRUCTION_SETS"]}
+    assert exported == functions | {"fastsel_sources"}
 
 
 @NEEDS_TOOLS
