@@ -5,10 +5,10 @@ Who owns what: a program owns BLOCK_C + MORE_C candidates x one slice of the poi
     and keeps one float64 sum a candidate. Both parts of its candidates meet the same tile of points: a taller tile
     needs fewer bytes from the second-level cache for each product, and 192 rows is no power of two.
     torch adds the slices of a candidate, in order, in float64. No atomics: the same bits in every run.
-Reads: candidates n / (BLOCK_C + MORE_C) x slices times and points n / (BLOCK_C + MORE_C) times, all but the first of
-    them from the second-level cache: programs that run together are 8 slices x a few blocks of candidates, so that
-    their candidates (6 MB for d = 1,024 in 16 bits) stay there. Writes: 8 bytes x n x slices of partial sums, which is
-    also the extra memory; a slice has up to 65,536 points, fewer where there would not be enough programs.
+Reads: candidates m / BLOCK_P times and points n / (BLOCK_C + MORE_C) times, nearly all of that from the
+    second-level cache: programs that run together are 8 slices x a few blocks of candidates, so that their candidates
+    (6 MB for d = 1,024 in 16 bits) stay there. Writes: 8 bytes x n x slices of partial sums, which is also the extra
+    memory; a slice has up to 65,536 points, fewer where there would not be enough programs.
 Accumulator: float32 in a tile, float64 from tile to tile. Products start from -best instead of 0, so that the tile
     only needs max(x, 0) and a sum. float32 products: three TF32 products on NVIDIA, of numbers split here, because
     Triton's "tf32x3" takes every sum through registers at each step; true float32 on AMD.
@@ -23,14 +23,17 @@ Ladder, predicted from the compiled kernel for n = m = 1,048,576, d = 1,024 (no 
     2026-11-26                 the same from -best, 32 features a step, not 64    2.42 s   nothing spills
     2026-11-26  B200 bfloat16  128 x 256, 8 warps                                 1.66 s   cache-bound
     2026-11-26                 (128 + 128) x 256 from -best                       1.16 s   raised: 272 bytes spill
-    2026-11-26                 the same, summed by halves, 32 features a step     1.13 s   nothing spills
+    2026-11-26                 the same, summed by quarters, 32 features a step   1.13 s   nothing spills
     2026-11-26  B200 float32   128 x 256, Triton's tf32x3                         7.91 s   alu-bound, 160 bytes spill
     2026-11-26                 (128 + 128) x 128, numbers split here              6.24 s   matrix units
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
+from torch.nn.functional import pad
 
 from fastsel.kernels._runtime.devices import triton_architecture
 from fastsel.kernels._runtime.triton_blocks import LOG2_E, tile_product
@@ -41,34 +44,34 @@ ENOUGH_PROGRAMS = 1024  # seven a multiprocessor on the largest chip: then the l
 GROUP = 8  # slices whose programs run side by side
 NORM_ROWS, NORM_D = 32, 64  # tile of the kernel that measures rows
 # (architecture, bytes of an element, variant):
-#     BLOCK_C, MORE_C, BLOCK_P, BLOCK_D, num_warps, num_stages, float32 products, halves
+#     BLOCK_C, MORE_C, BLOCK_P, BLOCK_D, num_warps, num_stages, float32 products, parts
 # "dot": raised or weights, not both; "unaligned": rows are no multiple of 16 elements; "all": the rest.
-# halves: a tile is summed in two parts of its points, for want of registers.
+# parts: of its points, in which a tile is summed, for want of registers.
 LAUNCH_TABLE = {
-    ("sm_80", 2, "dot"): (128, 0, 128, 32, 4, 4, "ieee", False),
-    ("sm_80", 2, "all"): (128, 0, 128, 32, 4, 3, "ieee", False),
-    ("sm_80", 2, "unaligned"): (64, 0, 64, 32, 4, 2, "ieee", False),
-    ("sm_80", 4, "dot"): (64, 0, 64, 32, 4, 3, "tf32", False),
-    ("sm_80", 4, "all"): (64, 0, 64, 32, 4, 3, "tf32", False),
-    ("sm_80", 4, "unaligned"): (64, 0, 32, 32, 4, 2, "tf32", False),
-    ("sm_90", 2, "dot"): (128, 64, 256, 32, 8, 4, "ieee", False),
-    ("sm_90", 2, "all"): (128, 0, 256, 64, 8, 3, "ieee", False),
-    ("sm_90", 2, "unaligned"): (64, 0, 64, 32, 4, 2, "ieee", False),
-    ("sm_90", 4, "dot"): (128, 0, 64, 32, 4, 3, "tf32", False),
-    ("sm_90", 4, "all"): (128, 0, 64, 32, 4, 3, "tf32", False),
-    ("sm_90", 4, "unaligned"): (64, 0, 64, 32, 4, 2, "tf32", False),
-    ("sm_100", 2, "dot"): (128, 128, 256, 32, 8, 4, "ieee", True),
-    ("sm_100", 2, "all"): (128, 0, 256, 32, 8, 4, "ieee", True),
-    ("sm_100", 2, "unaligned"): (64, 0, 64, 32, 4, 2, "ieee", False),
-    ("sm_100", 4, "dot"): (128, 128, 128, 32, 8, 3, "tf32", False),
-    ("sm_100", 4, "all"): (128, 0, 128, 32, 8, 3, "tf32", False),
-    ("sm_100", 4, "unaligned"): (64, 0, 64, 32, 4, 2, "tf32", False),
-    ("gfx942", 2, "dot"): (128, 0, 128, 64, 8, 2, "ieee", False),
-    ("gfx942", 2, "all"): (128, 0, 128, 64, 8, 2, "ieee", False),
-    ("gfx942", 2, "unaligned"): (64, 0, 64, 32, 4, 2, "ieee", False),
-    ("gfx942", 4, "dot"): (128, 0, 128, 32, 8, 2, "ieee", False),
-    ("gfx942", 4, "all"): (128, 0, 128, 32, 8, 2, "ieee", False),
-    ("gfx942", 4, "unaligned"): (64, 0, 64, 32, 4, 2, "ieee", False),
+    ("sm_80", 2, "dot"): (128, 0, 128, 32, 4, 4, "ieee", 1),
+    ("sm_80", 2, "all"): (128, 0, 128, 32, 4, 3, "ieee", 1),
+    ("sm_80", 2, "unaligned"): (64, 0, 64, 32, 4, 2, "ieee", 1),
+    ("sm_80", 4, "dot"): (64, 0, 64, 32, 4, 3, "tf32", 1),
+    ("sm_80", 4, "all"): (64, 0, 64, 32, 4, 3, "tf32", 1),
+    ("sm_80", 4, "unaligned"): (64, 0, 32, 32, 4, 2, "tf32", 1),
+    ("sm_90", 2, "dot"): (128, 64, 256, 32, 8, 4, "ieee", 1),
+    ("sm_90", 2, "all"): (128, 0, 256, 64, 8, 3, "ieee", 1),
+    ("sm_90", 2, "unaligned"): (64, 0, 64, 32, 4, 2, "ieee", 1),
+    ("sm_90", 4, "dot"): (128, 0, 64, 32, 4, 3, "tf32", 1),
+    ("sm_90", 4, "all"): (128, 0, 64, 32, 4, 3, "tf32", 1),
+    ("sm_90", 4, "unaligned"): (64, 0, 64, 32, 4, 2, "tf32", 1),
+    ("sm_100", 2, "dot"): (128, 128, 256, 32, 8, 4, "ieee", 4),
+    ("sm_100", 2, "all"): (128, 0, 256, 32, 8, 4, "ieee", 2),
+    ("sm_100", 2, "unaligned"): (64, 0, 64, 32, 4, 2, "ieee", 1),
+    ("sm_100", 4, "dot"): (128, 128, 128, 32, 8, 3, "tf32", 1),
+    ("sm_100", 4, "all"): (128, 128, 128, 32, 8, 3, "tf32", 4),
+    ("sm_100", 4, "unaligned"): (64, 0, 64, 32, 4, 2, "tf32", 1),
+    ("gfx942", 2, "dot"): (128, 0, 128, 64, 8, 2, "ieee", 1),
+    ("gfx942", 2, "all"): (128, 0, 128, 64, 8, 2, "ieee", 1),
+    ("gfx942", 2, "unaligned"): (64, 0, 64, 32, 4, 2, "ieee", 1),
+    ("gfx942", 4, "dot"): (128, 0, 128, 32, 8, 2, "ieee", 1),
+    ("gfx942", 4, "all"): (128, 0, 128, 32, 8, 2, "ieee", 1),
+    ("gfx942", 4, "unaligned"): (64, 0, 64, 32, 4, 2, "ieee", 1),
 }
 
 
@@ -94,67 +97,47 @@ def product_of(c, p, accumulator, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def terms_of(
-    x, p0, M, candidate_squares, best_ptr, room_ptr, weights_ptr, point_squares_ptr, gamma,
-    SIMILARITY: tl.constexpr,
+def sums_of(
+    x, p0, squares, best_ptr, room_ptr, weights_ptr, point_squares_ptr, gamma,
+    SIMILARITY: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Sums over the points p0, p0 + 1, ... of a tile of products (less best for "dot"), one a candidate."""
-    cols = p0 + tl.arange(0, x.shape[1])
-    live = cols < M
-    if SIMILARITY != "dot":
-        point_squares = tl.load(point_squares_ptr + cols, mask=live, other=0.0)
-        squared = tl.maximum(candidate_squares[:, None] + point_squares[None, :] - 2.0 * x, 0.0)
-        if SIMILARITY == "exp_distance":
-            squared = tl.sqrt(squared)
-        x = tl.exp2(squared * (-gamma * LOG2_E))
-        if best_ptr is not None:
-            x -= tl.load(best_ptr + cols, mask=live, other=float("inf"))[None, :]
-    if best_ptr is not None:
-        x = tl.maximum(x, 0.0)  # 0 past the end, where best is +inf
-    if room_ptr is not None:
-        x = tl.minimum(x, tl.load(room_ptr + cols, mask=live, other=0.0)[None, :])
-    if weights_ptr is not None:
-        x *= tl.load(weights_ptr + cols, mask=live, other=0.0)[None, :]
-    return tl.sum(x, axis=1)
-
-
-@triton.jit
-def sums_of(
-    x, p0, M, candidate_squares, best_ptr, room_ptr, weights_ptr, point_squares_ptr, gamma,
-    SIMILARITY: tl.constexpr, HALVES: tl.constexpr,
-):  # fmt: skip
-    """terms_of the tile, by halves of its points if so wanted: half of the vectors in registers at a time."""
-    if HALVES:
+    if PARTS > 1:  # one half of the points after the other: half of the vectors in registers at a time
         half: tl.constexpr = x.shape[1] // 2
         first, second = tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, half]), [0, 2, 1]))
-        sums = terms_of(
-            first, p0, M, candidate_squares, best_ptr, room_ptr, weights_ptr, point_squares_ptr, gamma, SIMILARITY
+        sums = sums_of(
+            first, p0, squares, best_ptr, room_ptr, weights_ptr, point_squares_ptr, gamma, SIMILARITY, PARTS // 2
         )
-        sums += terms_of(
-            second,
-            p0 + half,
-            M,
-            candidate_squares,
-            best_ptr,
-            room_ptr,
-            weights_ptr,
-            point_squares_ptr,
-            gamma,
-            SIMILARITY,
-        )
+        return sums + sums_of(
+            second, p0 + half, squares, best_ptr, room_ptr, weights_ptr, point_squares_ptr, gamma,
+            SIMILARITY, PARTS // 2,
+        )  # fmt: skip
     else:
-        sums = terms_of(
-            x, p0, M, candidate_squares, best_ptr, room_ptr, weights_ptr, point_squares_ptr, gamma, SIMILARITY
-        )
-    return sums
+        cols = p0 + tl.arange(0, x.shape[1])
+        if SIMILARITY != "dot":
+            point_squares = tl.load(point_squares_ptr + cols)
+            squared = tl.maximum(squares[:, None] + point_squares[None, :] - 2.0 * x, 0.0)
+            if SIMILARITY == "exp_distance":
+                squared = tl.sqrt(squared)
+            x = tl.exp2(squared * (-gamma * LOG2_E))
+            if best_ptr is not None:
+                x -= tl.load(best_ptr + cols)[None, :]
+        if best_ptr is not None:
+            x = tl.maximum(x, 0.0)
+        if room_ptr is not None:
+            x = tl.minimum(x, tl.load(room_ptr + cols)[None, :])
+        if weights_ptr is not None:
+            x *= tl.load(weights_ptr + cols)[None, :]
+        return tl.sum(x, axis=1)
 
 
 @triton.jit
 def gains_kernel(
     candidates_ptr, points_ptr, best_ptr, room_ptr, weights_ptr, candidate_squares_ptr, point_squares_ptr, partial_ptr,
-    N, M, D, stride_candidates_n, stride_candidates_d, stride_points_m, stride_points_d, slice_points, slices, gamma,
-    BLOCK_C: tl.constexpr, MORE_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr, PRECISION: tl.constexpr, SIMILARITY: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr,
+    N, M, PADDED_M, D, stride_candidates_n, stride_candidates_d, stride_points_m, stride_points_d, slice_points, slices,
+    gamma, BLOCK_C: tl.constexpr, MORE_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr, SIMILARITY: tl.constexpr, PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     """This program sums BLOCK_C + MORE_C candidates' terms over one slice of the points."""
     # Programs in the order they start: GROUP slices of the first block of candidates, of the second, ...
@@ -182,8 +165,7 @@ def gains_kernel(
             more_squares = tl.load(candidate_squares_ptr + first_row + in_more)
 
     begin = slice_index * slice_points
-    for p0 in range(begin, tl.minimum(begin + slice_points, M), BLOCK_P):
-        cols = p0 + tl.arange(0, BLOCK_P)
+    for p0 in range(begin, tl.minimum(begin + slice_points, PADDED_M), BLOCK_P):
         tile_ptr = points_ptr + tl.cast(p0, tl.int64) * stride_points_m
         in_tile = tl.minimum(tl.arange(0, BLOCK_P), M - 1 - p0)
         points_at = tile_ptr + (in_tile[:, None] * stride_points_m + in_d[None, :] * stride_points_d)
@@ -191,7 +173,7 @@ def gains_kernel(
         if MORE_C > 0:
             more_x = tl.zeros([MORE_C, BLOCK_P], tl.float32)
         if SIMILARITY == "dot" and best_ptr is not None:
-            best = tl.load(best_ptr + cols, mask=cols < M, other=float("inf"))
+            best = tl.load(best_ptr + p0 + tl.arange(0, BLOCK_P))
             x -= best[None, :]
             if MORE_C > 0:
                 more_x -= best[None, :]
@@ -210,14 +192,11 @@ def gains_kernel(
             x = product_of(c, p, x, PRECISION)
             if MORE_C > 0:
                 more_x = product_of(more_c, p, more_x, PRECISION)
-        gain += sums_of(
-            x, p0, M, squares, best_ptr, room_ptr, weights_ptr, point_squares_ptr, gamma, SIMILARITY, HALVES
-        )
+        gain += sums_of(x, p0, squares, best_ptr, room_ptr, weights_ptr, point_squares_ptr, gamma, SIMILARITY, PARTS)
         if MORE_C > 0:
             more_gain += sums_of(
                 more_x,
                 p0,
-                M,
                 more_squares,
                 best_ptr,
                 room_ptr,
@@ -225,7 +204,7 @@ def gains_kernel(
                 point_squares_ptr,
                 gamma,
                 SIMILARITY,
-                HALVES,
+                PARTS,
             )
 
     out = partial_ptr + tl.cast(slice_index, tl.int64) * N
@@ -303,15 +282,16 @@ def plan(
     if not has_floor and weights is None:
         weights = best.new_ones(m)  # a point past the end weighs 0: without a floor nothing else leaves it out
     key = (architecture, candidates.element_size(), _variant(candidates, points, raised, weights, similarity))
-    block_c, more_c, block_p, block_d, num_warps, num_stages, precision, halves = LAUNCH_TABLE[key]
+    block_c, more_c, block_p, block_d, num_warps, num_stages, precision, parts = LAUNCH_TABLE[key]
     blocks, tiles = triton.cdiv(n, block_c + more_c), triton.cdiv(m, block_p)
     slice_tiles = min(MOST_SLICE_POINTS // block_p, max(1, blocks * tiles // ENOUGH_PROGRAMS))
     slices = triton.cdiv(tiles, slice_tiles)
     partial = candidates.new_empty(slices, n, dtype=torch.float64)
+    padding = tiles * block_p - m
     launches, squares = [], {}
     if similarity != "dot":
         for name, x in (("candidate_squares_ptr", candidates), ("point_squares_ptr", points)):
-            squares[name] = x.new_empty(len(x), dtype=torch.float32)
+            squares[name] = x.new_zeros(len(x) + padding, dtype=torch.float32)
             measure = {"x_ptr": x, "out_ptr": squares[name], "N": len(x), "D": d}
             strides = {"stride_n": x.stride(0), "stride_d": x.stride(1)}
             sizes = {"BLOCK_N": NORM_ROWS, "BLOCK_D": NORM_D}
@@ -320,18 +300,23 @@ def plan(
             )
     room = None if raised is None else raised - best if has_floor else raised  # what a term is at most
     given = {"best_ptr": best if has_floor else None, "room_ptr": room, "weights_ptr": weights}
-    vectors = {name: None if x is None else x.float().contiguous() for name, x in given.items()}
+    # Past the end no similarity exceeds best, and there is neither room nor weight: the kernel needs no masks.
+    vectors = {
+        name: None if x is None else pad(x.float(), (0, padding), value=math.inf if name == "best_ptr" else 0.0)
+        for name, x in given.items()
+    }
     launches.append(
         Launch(
             gains_kernel,
             (blocks * slices,),
             {"candidates_ptr": candidates, "points_ptr": points, "partial_ptr": partial, **vectors}
             | {"candidate_squares_ptr": None, "point_squares_ptr": None, **squares}
-            | {"N": n, "M": m, "D": d, "slice_points": slice_tiles * block_p, "slices": slices, "gamma": gamma}
+            | {"N": n, "M": m, "PADDED_M": m + padding, "D": d, "gamma": gamma}
+            | {"slice_points": slice_tiles * block_p, "slices": slices}
             | {"stride_candidates_n": candidates.stride(0), "stride_candidates_d": candidates.stride(1)}
             | {"stride_points_m": points.stride(0), "stride_points_d": points.stride(1)},
             {"BLOCK_C": block_c, "MORE_C": more_c, "BLOCK_P": block_p, "BLOCK_D": block_d, "GROUP": GROUP}
-            | {"EVEN_D": d % block_d == 0, "PRECISION": precision, "SIMILARITY": similarity, "HALVES": halves},
+            | {"EVEN_D": d % block_d == 0, "PRECISION": precision, "SIMILARITY": similarity, "PARTS": parts},
             {"num_warps": num_warps, "num_stages": num_stages},
         )
     )

@@ -66,7 +66,7 @@ def compare(inputs):
 def small_tiles(monkeypatch):
     """Many tiles, slices and blocks of unequal parts in a small case."""
     table = {
-        key: (32, 16, 32, 16, 4, 2, "tf32" if key[1] == 4 else "ieee", index % 2 == 0)
+        key: (32, 16, 32, 16, 4, 2, "tf32" if key[1] == 4 else "ieee", (1, 2, 4)[index % 3])
         for index, key in enumerate(kernel.LAUNCH_TABLE)
     }
     monkeypatch.setattr(kernel, "LAUNCH_TABLE", table)
@@ -174,7 +174,9 @@ def check_rows_beyond_two_to_the_31(tmp_path):
 
 @small
 @pytest.mark.parametrize(
-    "planted", [{"M": 79}, {"M": 81}, {"N": 89}, {"D": 32}, {"slice_points": 16}, {"slices": 1}], ids=str
+    "planted",
+    [{"M": 79}, {"PADDED_M": 64}, {"N": 89}, {"D": 32}, {"slice_points": 16}, {"slices": 1}],
+    ids=str,
 )
 def check_planted_wrong_sizes_are_caught(planted, monkeypatch):
     inputs = make_inputs(Case("p", 90, 80, 48, "planted", best="floor"), torch.float32, "cpu")
