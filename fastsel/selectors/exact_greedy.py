@@ -72,7 +72,8 @@ class ExactGreedy:
     def value(self, gains: NDArray[np.float64], rows: NDArray[np.int64] | slice = slice(None)) -> NDArray[np.float64]:
         """What a pick is judged by: (1 - alpha) gain + alpha quality, over the cost where there are costs."""
         shift = self._shift if isinstance(self._shift, float) else self._shift[rows]
-        value = self._scale * gains + shift
+        # Quality alone: a gain that is not known yet is infinite, and 0 times that is not a number.
+        value = (self._scale * gains if self._scale else np.zeros_like(gains)) + shift
         return value if self.constraints.costs is None else value / self.constraints.costs[rows]
 
     def pick(self, among: NDArray[np.bool_] | None = None) -> tuple[int, float] | None:

@@ -15,6 +15,7 @@ from fastsel.selectors.rows import Rows, check_rows, check_values
 
 EXACT = ("auto", "incremental", "lazy", "naive")
 APPROXIMATE = ("stochastic", "threshold", "partitioned")
+LARGEST_PRODUCT = 1e30  # of two rows' lengths: sums over a hundred million points still fit float32
 SIMILARITIES = ("cosine", "dot", "rbf", "exp_distance")
 
 
@@ -108,6 +109,9 @@ def facility_location(
         raise UsageError(
             f"queries must have {candidates.d} columns on {candidates.device}, got {points.d} on {points.device}"
         )
+    longest = float(max(points.lengths.max(initial=0.0), candidates.lengths.max(initial=0.0)))
+    if similarity != "cosine" and (is_long := candidates.lengths * max(longest, 1.0) > LARGEST_PRODUCT).any():
+        raise UsageError(f"x: row {int(is_long.argmax())} is so long that float32 overflows; scale the matrix first")
     gamma = 1.0 / candidates.d if gamma is None else gamma
     if not 0 < gamma < math.inf:
         raise UsageError(f"gamma must be positive and finite, got {gamma}")

@@ -328,6 +328,26 @@ def test_counts():
         assert stats["passes"] < 6
 
 
+def test_edges_quality_alone_is_a_ranking_for_every_optimizer():
+    """alpha = 1 leaves nothing of coverage, also where no gain was ever computed."""
+    x = np.random.default_rng(0).standard_normal((40, 4))
+    quality = np.random.default_rng(1).random(40)
+    for optimizer in ("auto", "incremental", "lazy", "naive"):
+        indices, gains = facility_location(x, 5, quality=quality, alpha=1.0, optimizer=optimizer)
+        assert indices.tolist() == np.argsort(-quality)[:5].tolist()
+        assert np.array_equal(gains, quality[indices])
+    indices, gains = facility_location(x, 20, quality=quality, alpha=1.0, optimizer="stochastic")
+    assert len(set(indices.tolist())) == 20 and np.array_equal(gains, quality[indices])
+
+
+def test_refuses_rows_whose_products_overflow_by_number():
+    x = np.ones((10, 3))
+    x[6] = 1e25
+    with pytest.raises(UsageError, match="row 6 is so long that float32 overflows"):
+        facility_location(x, 3, similarity="dot")
+    assert len(facility_location(x, 3)[0]) == 3  # cosine does not mind
+
+
 def test_refuses_rows_that_are_not_finite_by_number():
     for bad in (np.nan, np.inf):
         x = random_rows(20, 3)
