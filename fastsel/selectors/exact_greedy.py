@@ -29,7 +29,7 @@ from fastsel.selectors.coverage import Coverage
 
 TIE = 1e-9  # relative: gains that differ by less are equal, and the lowest row goes first
 DEVIATIONS, LARGEST_ERRORS = 8.0, 2.0  # what is allowed, in root mean squares and in largest recent errors
-FLOAT32_ROUNDING = 1e-7
+FLOAT32_ROUNDING = 1e-6
 FORGET = 0.98  # the weight of an error after each later one: about the last 50 count
 FIRST_LOOK = 16  # contenders evaluated before the first pick, which measure the error of the maintained gains
 BATCH, LARGEST_BATCH = 8, 64
@@ -65,6 +65,7 @@ class ExactGreedy:
         # "sampled" knows no gain before it is asked for: a pass over all pairs is what sampling avoids.
         self._gains, self._synced, self._allowance = np.full(n, np.inf), coverage.best.float(), 0.0
         self._mean_square = self._seen = self._largest_error = 0.0  # of the errors of maintained gains
+        self._largest_gain = 0.0
         self._is_current = True  # the maintained gains know every pick
         if optimizer != "sampled":
             self._restart()
@@ -211,7 +212,9 @@ class ExactGreedy:
         self._allow()
 
     def _allow(self) -> None:
-        rounding = FLOAT32_ROUNDING * float(np.abs(self._gains).max())  # where no error has been seen yet
+        # Gains carry what was rounded when they were largest, also where every error seen so far is 0.
+        self._largest_gain = max(self._largest_gain, float(np.abs(self._gains).max()))
+        rounding = FLOAT32_ROUNDING * self._largest_gain
         self._allowance = max(
             rounding, DEVIATIONS * float(np.sqrt(self._mean_square)), LARGEST_ERRORS * self._largest_error
         )
