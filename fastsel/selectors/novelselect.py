@@ -249,7 +249,9 @@ class _Greedy:
             margin, quality = self.error_on_host[numbers] * weight, self.quality_on_host[numbers]
             found.append(numbers)
             highest.append((scores + margin) * quality)
-            floor = max(floor, float(((scores - margin) * quality).max()))
+            # Rows that tie with the best are contenders too, also where adding up their bounds rounded them below it.
+            least = float(((scores - margin) * quality).max())
+            floor = max(floor, least - 4 * TIE * abs(least))
             n_needed += int((limits >= floor).sum())
             bounds.index_fill_(0, rows, -torch.inf)
             rows = (bounds >= floor).nonzero()[:, 0]
