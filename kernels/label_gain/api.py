@@ -50,7 +50,8 @@ def label_gain(
         NoImplementationError: the implementation asked for cannot take these inputs; the message says why.
 
     Ties and determinism: a row's bits depend on its own entries, their order and the state only, not on the other rows,
-        their number or the threads: equal rows have equal gains. Implementations may differ in the last bits.
+        their number or the threads: equal rows have equal gains. torch: its pow rounds by the place in a vector, so
+        the last bits may follow the rows beside. Implementations may differ in the last bits.
     Laws: phi is concave: no gain rises when the state rises, up to rounding; an old gain bounds the new from above.
         "exact" takes differences of phi: relative error about 2^-52 phi(state) / gain.
     Cost: 2 flops and one gather an entry, and min(entries, n_labels) evaluations of phi or phi' ("exact": one more for
