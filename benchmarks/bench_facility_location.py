@@ -151,7 +151,8 @@ def test_peers(compare, kind, k, peer):
     def agrees(result, objective):
         # On real sentences apricot's gains from a matrix made in float32 sum to 6.5e-4 less than from one made in
         # float64; from that its list is ours and that of float64 naive greedy.
-        assert objective * (1 - 1e-4 if "submodlib" in peer else 1 - 1e-6) <= result[1].sum() <= objective * 1.001
+        rel = 1e-4 if "submodlib" in peer else 1e-6
+        assert objective * (1 - rel) <= result[1].sum() <= objective * (1 + (1e-3 if kind == "real" else rel))
 
     compare(
         lambda: choose(x, k), lambda: PEERS[peer](x, k), op="select facility_location",

@@ -87,6 +87,8 @@ def facility_location(
     Raises:
         UsageError: an argument is not as above; a row with NaN or infinity is named.
 
+    Limits: what float32 errors are allowed when contenders are chosen is measured on rows evaluated so far. With "dot"
+        a much longer row whose products cancel may err by more, and be passed over: scale such rows, or use "cosine".
     Determinism: the same rows and bits for any number of threads (on a CPU with the compiled library).
     Cost: about 1 + ln k passes of 2 n m d flops on random vectors, fewer where rows have neighbours; memory about
         8 n d bytes beyond x and 16 MB, with mapped matrices 24 (n + m) bytes and some blocks.
