@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastsel.errors import UsageError
 from fastsel.kernels.novelty import novelty
+from fastsel.kernels.novelty.api import DISTANCE_STEP
 from fastsel.selectors.density import RULES, local_density
 from fastsel.selectors.rows import Rows, check_k, check_rows, check_values
 
@@ -66,7 +67,8 @@ def novelselect(
     Raises:
         UsageError: x, k or an option is not as above; a row of x with NaN or infinity is named.
 
-    Ties: scores within 1e-12 of the best, relatively, are equal, and the lowest row wins.
+    Ties: scores within 1e-12 of the best, relatively, are equal, and the lowest row wins. Under "paper", picks whose
+        distances to a row agree to 2^-40 rank by their weighted distances, smallest first.
     Duplicates: a copy of a chosen row is only the nearest to it, and may well be chosen too when both lie far out:
         make rows distinct first if that is not wanted. sigma: squared distances of the rows as they are (official) or
         at unit length (paper, where sigma is then the paper's but for a constant); equal rows of the reference count
@@ -310,7 +312,7 @@ class _Greedy:
             distances = 1 - picked[:i] @ picked[i]
             if self.is_paper:
                 values = distances * sigma[:i]
-                score = weights[:i] @ values[np.lexsort((values, distances))]
+                score = weights[:i] @ values[np.lexsort((values, np.round(distances / DISTANCE_STEP)))]
             else:
                 score = weights[:i] @ np.sort(distances * (sigma[i] + sigma[:i])) / i
             gains[i - n_before] = score * self.quality_on_host[self.picks[i]]

@@ -13,6 +13,13 @@ IMPLEMENTATIONS = {  # tried in this order
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 RANKINGS = ("weighted", "distance", "order")
+# Float64 distances rank by multiples of this: rounding, which differs from one product to another, is below it.
+DISTANCE_STEP = 2.0**-40
+
+
+def distance_keys(distances: torch.Tensor) -> torch.Tensor:
+    """What "distance" sorts by: distances as they are, in float64 rounded to DISTANCE_STEP."""
+    return (distances / DISTANCE_STEP).round_() if distances.dtype == torch.float64 else distances
 
 
 def novelty(
@@ -31,7 +38,7 @@ def novelty(
         A[i, j] = D[i, j] * c,   c = row_density[i] + pick_density[j] where both are given, the one that is given, or 1
         novelty[i] = sum_r weights[r] A[i, j_r],   j_1, j_2, ... the picks in the order that rank_by names:
             "weighted"  by A, smallest first
-            "distance"  by D, smallest first; where D is equal, by A
+            "distance"  by D, smallest first; where D is equal (in float64: to 2^-40), by A
             "order"     as the picks are given: nothing is sorted
 
     For weights that do not increase, "weighted" is the least that any order of the picks gives (the rearrangement

@@ -2,6 +2,8 @@
 
 import torch
 
+from fastsel.kernels.novelty.api import distance_keys
+
 
 def unsupported(*inputs: object) -> str | None:
     """It takes everything."""
@@ -28,6 +30,6 @@ def compute(
     if rank_by != "order":
         values_nt, by_value_nt = values_nt.sort(dim=1)
         if rank_by == "distance":
-            by_distance_nt = distances_nt.gather(1, by_value_nt).sort(dim=1, stable=True).indices
+            by_distance_nt = distance_keys(distances_nt).gather(1, by_value_nt).sort(dim=1, stable=True).indices
             values_nt = values_nt.gather(1, by_distance_nt)
     return (values_nt.double() @ weights.double()).to(dtype)

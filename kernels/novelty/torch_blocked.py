@@ -10,6 +10,8 @@ rows as VALUES allows, and torch sorts them.
 
 import torch
 
+from fastsel.kernels.novelty.api import distance_keys
+
 VALUES = 2**22  # distances held at a time
 ORDER_ROWS = 8192  # rows widened at a time
 
@@ -88,5 +90,5 @@ def _sorted(
         values = distances * (factors if pick_density is None else factors + pick_density.to(distances.dtype))
     values, order = values.sort(dim=1)
     if rank_by == "distance":
-        values = values.gather(1, distances.gather(1, order).sort(dim=1, stable=True).indices)
+        values = values.gather(1, distance_keys(distances).gather(1, order).sort(dim=1, stable=True).indices)
     return values.double() @ weights
