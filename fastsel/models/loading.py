@@ -290,27 +290,77 @@ def _torch_dtype(dtype: str, device: torch.device, gguf_file: str | None) -> tor
 
 
 def _from_adapter(folder: Path, name: str, device: torch.device, dtype: str, offline: bool) -> tuple[Any, Any]:
+    base, tokenizer = _base_of(folder, name, device, dtype, offline)
+    adapted = _with_adapter(base, folder)
+    # Merging rounds quantised weights again, so these keep the adapter beside them.
+    merged = adapted.get_base_model() if dtype in QUANTISED else adapted.merge_and_unload()
+    return merged.requires_grad_(False), _tokenizer_of(folder, tokenizer)
+
+
+def load_adapter(
+    folder: Path, base: Any = None, *, device: str = "auto", dtype: str = "auto", offline: bool = False
+) -> LoadedModel:
+    """A peft adapter beside its base, not merged into it; nothing is trainable.
+
+    Args:
+        folder: of the adapter.
+        base: see load_model; None takes the one that the adapter names. A pair or a LoadedModel gets the adapter put
+            into its own layers; `model.unload()` takes it out again.
+        device, dtype, offline: see load_model.
+
+    Raises:
+        InputError: the adapter or the base cannot be read, or they do not fit each other.
+        MissingExtraError: peft is missing.
+    """
     require("peft", "a peft adapter")
-    from peft import PeftConfig, PeftModel
+    if base is None:
+        with quiet_transformers():
+            model, tokenizer = _base_of(folder, str(folder), resolve_device(device), dtype, offline)
+    else:
+        loaded = load_model(base, device=device, dtype=dtype, offline=offline)
+        refuse_pickles(folder, str(folder), "adapter_model.safetensors", "peft_model.save_pretrained(FOLDER)")
+        model, tokenizer = loaded.model, loaded.tokenizer
+    try:
+        adapted = _with_adapter(model, folder).requires_grad_(False)
+    except (ValueError, RuntimeError, UserWarning) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"the adapter {folder} does not fit its base {type(model).__name__}: {lines[0]}") from error
+    return _finished(adapted, _tokenizer_of(folder, tokenizer), name=str(folder), revision=None, note=None)
+
+
+def _base_of(folder: Path, name: str, device: torch.device, dtype: str, offline: bool) -> tuple[Any, Any]:
+    """The model that an adapter names as its base, and its tokenizer."""
+    require("peft", "a peft adapter")
+    from peft import PeftConfig
 
     refuse_pickles(folder, name, "adapter_model.safetensors", "peft_model.save_pretrained(FOLDER)")
     config = PeftConfig.from_pretrained(str(folder))
     _refuse_prompt_learning(config, name)
     base_name = str(config.base_model_name_or_path)
+    if base_name == "bundled":
+        return _from_path(_bundled_file(), BUNDLED_NAME, device, dtype, offline)
     base_path = Path(base_name)
     if not base_path.exists():
         base_path, _ = hub_snapshot(base_name, offline)
-    base, tokenizer = _from_path(base_path, base_name, device, dtype, offline)
-    if (folder / "tokenizer_config.json").exists():
-        from transformers import AutoTokenizer
+    return _from_path(base_path, base_name, device, dtype, offline)
 
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+
+def _with_adapter(base: Any, folder: Path) -> Any:
+    from peft import PeftModel
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks for what transformers deprecates; not the user's
-        adapted = PeftModel.from_pretrained(base, str(folder))
-    # Merging rounds quantised weights again, so these keep the adapter beside them.
-    merged = adapted.get_base_model() if dtype in QUANTISED else adapted.merge_and_unload()
-    return merged.requires_grad_(False), tokenizer
+        warnings.filterwarnings("error", message="Found missing adapter keys")  # they would stay as they begin
+        return PeftModel.from_pretrained(base, str(folder))
+
+
+def _tokenizer_of(folder: Path, of_base: Any) -> Any:
+    """The tokenizer that was saved beside an adapter, or the base's."""
+    if not (folder / "tokenizer_config.json").exists():
+        return of_base
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
 
 
 def _refuse_prompt_learning(config: Any, name: str) -> None:
