@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-SJLT, RADEMACHER, MASK = 1, 2, 3  # purposes: one seed serves all three without their words being related
-COORDINATES_OF_WORD = 32  # Rademacher: bit i of a column's word is the sign of coordinate 32 * block + i
+SJLT, SJLT_SIGN, RADEMACHER, MASK = 1, 2, 3, 4  # purposes: one seed serves all without their words being related
+COORDINATES_OF_WORD = 32  # bit i of a word of signs is the sign of coordinate 32 * counter + i; set means minus
 _LOW = 0xFFFFFFFF
 
 
@@ -60,23 +60,44 @@ def _as_int32(word: int) -> int:
 def sjlt_map(seed: int, coordinates: torch.Tensor, k: int, sparsity: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Where SJLT puts coordinates: rows [sparsity, n] int64 of 0 to k - 1, and signs [sparsity, n] float32 of +-1.
 
-    Nonzero j falls into rows [floor(j k / sparsity), floor((j + 1) k / sparsity)), so that a coordinate never meets
-    itself. A row is the high half of word times size, uniform to a relative size / 2^32; bit 0 set means minus.
+    Nonzero j of a coordinate lies in part j of the rows, from floor(j k / sparsity) to floor((j + 1) k / sparsity). The
+    coordinates of a block of 2^m <= k / sparsity are spread by a bijection of m bits over 2^m successive rows of the
+    part, which begin at a random one and go round its end. So two coordinates share a row with probability 1 / (length
+    of the part), or never when they share a block, which is all that the error of an inner product depends on; and
+    because a block can be read backwards, from row to coordinate, a GPU sums without atomics.
+
+        h = c ^ x;  h = a h mod 2^m;  h ^= h >> s;  h = b h mod 2^m;  h ^= h >> s;  row = (start + h) mod length
+        c = coordinate mod 2^m, s = max(1, ceil(m / 2)); words 4j to 4j + 3 of the block give start, x, a | 1, b | 1
+
+    Args:
+        seed: any int, taken modulo 2^64.
+        coordinates: [n] int64, 0 to 2^63 - 1.
+        k, sparsity: rows, and nonzeros of a coordinate, 1 <= sparsity <= k < 2^31.
     """
-    starts = [j * k // sparsity for j in range(sparsity + 1)]
-    key = hash_key(seed, SJLT)
+    bits = (k // sparsity).bit_length() - 1
+    mask, shift = (1 << bits) - 1, max(1, (bits + 1) // 2)
+    block, of_block = torch.unique_consecutive(coordinates >> bits, return_inverse=True)
+    word, of_word = torch.unique_consecutive(coordinates // COORDINATES_OF_WORD, return_inverse=True)
     rows, signs = [], []
     for j in range(sparsity):
-        word = words(key, coordinates, j)
-        rows.append(starts[j] + ((word * (starts[j + 1] - starts[j])) >> 32))
-        signs.append(1.0 - 2.0 * (word & 1).to(torch.float32))
+        low, high = j * k // sparsity, (j + 1) * k // sparsity
+        start, x, a, b = (words(hash_key(seed, SJLT), block, 4 * j + i) for i in range(4))
+        h = (coordinates & mask) ^ (x & mask)[of_block]
+        for odd in (a, b):
+            h = h * ((odd | 1) & mask)[of_block] & mask
+            h = h ^ (h >> shift)
+        row = ((start * (high - low)) >> 32)[of_block] + h
+        rows.append(low + torch.where(row < high - low, row, row - (high - low)))
+        bit = words(hash_key(seed, SJLT_SIGN), word, j)[of_word] >> (coordinates % COORDINATES_OF_WORD) & 1
+        signs.append(1.0 - 2.0 * bit.to(torch.float32))
     return torch.stack(rows), torch.stack(signs)
 
 
 def rademacher_signs(seed: int, coordinates: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Signs [n, c] float32 of +-1 for coordinates [n] and columns [c]; a set bit of a word means minus."""
-    word = words(hash_key(seed, RADEMACHER), (coordinates // COORDINATES_OF_WORD)[:, None], columns[None, :])
-    bit = (word >> (coordinates % COORDINATES_OF_WORD)[:, None]) & 1
+    """Signs [n, c] float32 of +-1 for coordinates [n] and columns [c]; a column is the stream of its words."""
+    word, of_word = torch.unique_consecutive(coordinates // COORDINATES_OF_WORD, return_inverse=True)
+    columns_words = words(hash_key(seed, RADEMACHER), word[:, None], columns[None, :]).to(torch.int32)
+    bit = columns_words[of_word] >> (coordinates % COORDINATES_OF_WORD)[:, None].to(torch.int32) & 1
     return 1.0 - 2.0 * bit.to(torch.float32)
 
 

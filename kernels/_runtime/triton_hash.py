@@ -38,6 +38,36 @@ def counter_word(counter, inner, outer):
 
 
 @triton.jit
-def sjlt_row(word, size):
-    """int32 row of 0 to size - 1; bit 0 of the word is the sign (set: minus)."""
-    return tl.umulhi(word, (tl.zeros_like(word) + size).to(tl.uint32)).to(tl.int32)
+def inverse(odd):
+    """The uint32 inverse of odd uint32 numbers modulo 2^32: Newton, 3 right bits at first, twice as many each time."""
+    x = odd
+    for _ in tl.static_range(4):
+        x = x * (2 - odd * x)
+    return x
+
+
+@triton.jit
+def sjlt_block(block, j, length, key_first, key_second):
+    """What one block (int64 number) of nonzero j needs: start, x, and the inverses of a and b of rng.sjlt_map."""
+    stream = (block * 0 + 4 * j).to(tl.uint32)
+    word = counter_word(block, inner_key(stream, key_first), outer_key(stream, key_second))
+    start = tl.umulhi(word, (block * 0 + length).to(tl.uint32))
+    x = counter_word(block, inner_key(stream + 1, key_first), outer_key(stream + 1, key_second))
+    a = counter_word(block, inner_key(stream + 2, key_first), outer_key(stream + 2, key_second)) | 1
+    b = counter_word(block, inner_key(stream + 3, key_first), outer_key(stream + 3, key_second)) | 1
+    return start, x, inverse(a), inverse(b)
+
+
+@triton.jit
+def sjlt_coordinate(row, length, start, x, a_inverse, b_inverse, BITS: tl.constexpr):
+    """rng.sjlt_map backwards: the coordinate in its block (uint32) that meets row 0 to length - 1 of the part, and
+    whether there is one.
+    """
+    MASK: tl.constexpr = (1 << BITS) - 1
+    SHIFT: tl.constexpr = (BITS + 1) // 2 if BITS > 1 else 1
+    row = row.to(tl.uint32)
+    h = tl.where(row >= start, row - start, row + (length - start).to(tl.uint32))
+    met = h <= MASK
+    h = ((h ^ (h >> SHIFT)) * b_inverse) & MASK
+    h = ((h ^ (h >> SHIFT)) * a_inverse) & MASK
+    return (h ^ x) & MASK, met

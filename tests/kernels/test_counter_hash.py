@@ -59,21 +59,42 @@ def test_law_every_input_bit_turns_every_output_bit_half_the_time(what):
 
 
 def test_law_words_of_streams_and_neighbours_are_uncorrelated():
-    signs = rng.rademacher_signs(3, torch.arange(2048), torch.arange(512)).double()
-    for gram, length in ((signs.T @ signs, 2048), (signs @ signs.T, 512)):
+    columns = rng.rademacher_signs(3, torch.arange(2048), torch.arange(512)).double()
+    streams = rng.sjlt_map(3, torch.arange(2048), 512, 512)[1].T.double()
+    for gram, length in ((columns.T @ columns, 2048), (columns @ columns.T, 512), (streams.T @ streams, 2048)):
         off = gram[~torch.eye(len(gram), dtype=torch.bool)] / length**0.5
         assert abs(off.mean()) < 0.02 and abs(off.std() - 1) < 0.02 and off.abs().max() < 6
 
 
-def test_law_rows_and_signs_are_even():
-    rows, signs = rng.sjlt_map(1, torch.arange(200_000), 100, 3)
-    for j in range(3):
-        low, high = j * 100 // 3, (j + 1) * 100 // 3
-        cells = (rows[j] - low) * 2 + (signs[j] < 0)
-        expected = len(cells) / (2 * (high - low))
-        chi = ((torch.bincount(cells, minlength=2 * (high - low)) - expected) ** 2 / expected).sum()
-        assert rows[j].min() == low and rows[j].max() == high - 1
-        assert abs(chi - 2 * (high - low) + 1) < 5 * (4 * (high - low)) ** 0.5
+@pytest.mark.parametrize(("k", "sparsity"), [(1, 1), (2, 1), (100, 3), (97, 1), (256, 1), (5, 5)])
+def test_law_a_block_of_coordinates_meets_no_row_twice(k, sparsity):
+    bits = (k // sparsity).bit_length() - 1
+    first = (2**40 // k) << bits
+    rows, signs = rng.sjlt_map(1, torch.arange(first, first + 64 * 2**bits), k, sparsity)
+    for j in range(sparsity):
+        low, high = j * k // sparsity, (j + 1) * k // sparsity
+        assert rows[j].min() >= low and rows[j].max() < high
+        for block in rows[j].view(64, -1):
+            assert len(block.unique()) == len(block)
+    assert set(signs.unique().tolist()) <= {-1.0, 1.0}
+
+
+@pytest.mark.parametrize("k", [64, 100])
+def test_law_rows_are_even_and_two_blocks_meet_as_often_as_chance(k):
+    """Over seeds: a coordinate is in each row equally often; two of different blocks meet with probability 1 / k."""
+    n_seeds = 2000
+    coordinates = torch.tensor([0, 1, 17, 63, 64, 65, 200, 2**40])
+    rows = torch.stack([rng.sjlt_map(seed, coordinates, k, 1)[0][0] for seed in range(n_seeds)])
+    for i in range(len(coordinates)):
+        expected = n_seeds / k
+        chi = ((torch.bincount(rows[:, i], minlength=k) - expected) ** 2 / expected).sum()
+        assert abs(chi - (k - 1)) < 4.5 * (2 * (k - 1)) ** 0.5
+        for j in range(i):
+            meetings = (rows[:, i] == rows[:, j]).sum()
+            if coordinates[i] // 64 == coordinates[j] // 64:
+                assert meetings == 0
+            else:
+                assert abs(meetings - n_seeds / k) < 4.5 * (n_seeds / k) ** 0.5
 
 
 @pytest.mark.parametrize(("p", "keep"), [(10, 10), (1000, 7), (2**40 + 11, 1000), (1, 1), (5, 0)])
@@ -85,5 +106,5 @@ def test_mask_keeps_one_coordinate_of_each_stretch(p, keep):
 
 
 def test_law_mask_keeps_every_coordinate_equally_often():
-    counts = np.bincount(np.concatenate([rng.coordinate_mask(seed, 50, 20).numpy() for seed in range(3000)]))
-    assert len(counts) == 50 and abs(counts / 3000 - 0.4).max() < 0.13  # stretches of 2 and of 3 coordinates
+    counts = np.bincount(np.concatenate([rng.coordinate_mask(seed, 50, 20).numpy() for seed in range(2000)]))
+    assert len(counts) == 50 and abs(counts / 2000 - 0.4).max() < 0.13  # stretches of 2 and of 3 coordinates

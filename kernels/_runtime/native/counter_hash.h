@@ -1,9 +1,9 @@
 // Random words that depend on nothing but (seed, purpose, counter, stream): the same on every device, in any order.
 //
 // The same function stands in kernels/_runtime/rng.py (torch) and triton_hash.py; docs/decisions/0015 says why this one.
-// A counter numbers coordinates (SJLT) or blocks of 32 coordinates (Rademacher), a stream numbers what a coordinate
-// needs several words for: the nonzeros of SJLT, the columns of Rademacher. Two keyed rounds of a 32-bit mixer, 18
-// instructions a word; everything works on one uint32_t and on Uints, LANES of them.
+// A counter numbers blocks of coordinates, a stream what a block needs several words for: the nonzeros of SJLT, the
+// columns of Rademacher. Two keyed rounds of a 32-bit mixer, 18 instructions a word; everything works on one uint32_t
+// and on Uints, LANES of them. What SJLT does with the words is told at sjlt_map() in rng.py.
 #pragma once
 
 #include "vectors.h"
@@ -15,7 +15,7 @@ typedef uint32_t UintsAnywhere __attribute__((vector_size(LANES * 4), aligned(4)
 static inline Uints load(const uint32_t* from) { return *reinterpret_cast<const UintsAnywhere*>(from); }
 static inline void store(uint32_t* to, Uints x) { *reinterpret_cast<UintsAnywhere*>(to) = x; }
 
-enum HashPurpose : uint32_t { HASH_SJLT = 1, HASH_RADEMACHER = 2 };
+enum HashPurpose : uint32_t { HASH_SJLT = 1, HASH_SJLT_SIGN = 2, HASH_RADEMACHER = 3 };
 
 struct HashKey {
     uint32_t first, second;
@@ -30,7 +30,7 @@ static inline HashKey hash_key(uint64_t seed, HashPurpose purpose) {
     return {static_cast<uint32_t>(z), static_cast<uint32_t>(z >> 32)};
 }
 
-// A bijection of 32 bits in which every input bit turns every output bit with probability 1/2 (within 0.1 %).
+// A bijection of 32 bits in which every input bit turns every output bit with probability 1/2 (within 0.2 %).
 template <typename T>
 static inline T mixed(T h) {
     h = (h ^ (h >> 16)) * 0x21f0aaadu;
@@ -56,30 +56,58 @@ static inline T counter_word(StreamKey<T> key, uint64_t counter) {
     return mixed(mixed(key.inner ^ low) ^ (key.outer + high * 0x9e3779b9u));
 }
 
-// The words of LANES consecutive counters of one stream.
-static inline Uints counter_words(StreamKey<uint32_t> key, uint64_t counter) {
-    Uints low;
-    for (int lane = 0; lane < LANES; ++lane) low[lane] = static_cast<uint32_t>(counter) + lane;
-    const Uints carry = reinterpret_cast<Uints>(low < static_cast<uint32_t>(counter)) & 1u;
-    const Uints high = carry + static_cast<uint32_t>(counter >> 32);
-    return mixed(mixed(low ^ key.inner) ^ (high * 0x9e3779b9u + key.outer));
+constexpr int COORDINATES_OF_WORD = 32;  // bit i of a word of signs belongs to coordinate 32 counter + i; set: minus
+
+struct Sjlt {
+    int64_t k, sparsity;
+    HashKey rows, signs;
+    int bits;  // a block is 2^bits coordinates
+};
+
+static inline Sjlt make_sjlt(uint64_t seed, int64_t k, int64_t sparsity) {
+    int bits = 0;
+    while ((k / sparsity) >> (bits + 1)) ++bits;
+    return {k, sparsity, hash_key(seed, HASH_SJLT), hash_key(seed, HASH_SJLT_SIGN), bits};
 }
 
-// Nonzero number j of sparsity many falls into rows [sjlt_start(j), sjlt_start(j + 1)) of k.
-static inline int64_t sjlt_start(int64_t j, int64_t k, int64_t sparsity) { return j * k / sparsity; }
-
-// A row of 0 to size - 1, uniform to a relative size / 2^32; bit 0 of the word, nearly independent of it, is the sign.
-static inline uint32_t sjlt_row(uint32_t word, uint32_t size) {
-    return static_cast<uint32_t>((static_cast<uint64_t>(word) * size) >> 32);
+// rows[i] = the row of nonzero j of coordinate first + i.
+static inline void sjlt_rows(const Sjlt& sjlt, int64_t j, uint64_t first, int64_t count, uint32_t* rows) {
+    const int64_t low = j * sjlt.k / sjlt.sparsity;
+    const uint32_t length = static_cast<uint32_t>((j + 1) * sjlt.k / sjlt.sparsity - low);
+    const uint32_t mask = (1u << sjlt.bits) - 1;
+    const int shift = sjlt.bits > 1 ? (sjlt.bits + 1) / 2 : 1;
+    StreamKey<uint32_t> streams[4];
+    for (int i = 0; i < 4; ++i) streams[i] = stream_key(sjlt.rows, static_cast<uint32_t>(4 * j + i));
+    for (int64_t done = 0; done < count;) {
+        const uint64_t coordinate = first + done, block = coordinate >> sjlt.bits;
+        const uint32_t start = static_cast<uint32_t>((uint64_t{counter_word(streams[0], block)} * length) >> 32);
+        const uint32_t x = counter_word(streams[1], block);
+        const uint32_t a = counter_word(streams[2], block) | 1, b = counter_word(streams[3], block) | 1;
+        const uint32_t c = static_cast<uint32_t>(coordinate) & mask;
+        const int64_t left = count - done, of_block = static_cast<int64_t>(mask - c) + 1;
+        const int64_t stop = left < of_block ? left : of_block;
+        for (int64_t i = 0; i < stop; ++i) {
+            uint32_t h = (((c + static_cast<uint32_t>(i)) ^ x) * a) & mask;
+            h = ((h ^ (h >> shift)) * b) & mask;
+            const uint32_t row = start + (h ^ (h >> shift));
+            rows[done + i] = static_cast<uint32_t>(low) + (row < length ? row : row - length);
+        }
+        done += stop;
+    }
 }
 
-// x or, when bit 0 of the word is set, -x.
-static inline float with_sign(float x, uint32_t word) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    bits ^= word << 31;
-    memcpy(&x, &bits, sizeof bits);
-    return x;
+// signs[i] = 0x80000000 where nonzero j of coordinate first + i counts negative, else 0: what is xored into a float.
+static inline void sjlt_signs(const Sjlt& sjlt, int64_t j, uint64_t first, int64_t count, uint32_t* signs) {
+    const StreamKey<uint32_t> stream = stream_key(sjlt.signs, static_cast<uint32_t>(j));
+    for (int64_t done = 0; done < count;) {
+        const uint64_t coordinate = first + done;
+        const uint32_t word = counter_word(stream, coordinate / COORDINATES_OF_WORD);
+        const uint32_t bit = coordinate % COORDINATES_OF_WORD;
+        const int64_t left = count - done, of_word = COORDINATES_OF_WORD - bit;
+        const int64_t stop = left < of_word ? left : of_word;
+        for (int64_t i = 0; i < stop; ++i) signs[done + i] = ((word >> bit) >> i) << 31;
+        done += stop;
+    }
 }
 
 }  // namespace
