@@ -7,7 +7,7 @@ in through its AttentionInterface, and positions continue from the parent.
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,8 +59,26 @@ class _Running:
 _running: ContextVar[_Running | None] = ContextVar("fastsel_packed_forward", default=None)
 
 
-class _CannotPackError(Exception):
+class CannotPackError(Exception):
     """The model's attention asks for something that tree_attention does not do; the message says what."""
+
+
+def refuse_unusual(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    n_tokens: int,
+    is_causal: bool | None,
+    others: Mapping[str, Any],
+) -> None:
+    """Raises: CannotPackError when a layer asks for more than causal order, a window, a softcap and a scale."""
+    unknown = sorted(name for name, it in others.items() if it is not None and name not in HARMLESS_KEYWORDS)
+    if unknown:
+        raise CannotPackError(f"its attention sends {', '.join(unknown)}")
+    if is_causal is False or getattr(module, "is_causal", True) is False:
+        raise CannotPackError("its attention is not causal")
+    if query.shape[2] != n_tokens or key.shape[2] != query.shape[2]:
+        raise CannotPackError("its attention runs over other tokens than the packed ones")
 
 
 def _attention(
@@ -80,13 +98,7 @@ def _attention(
     running = _running.get()
     if running is None:
         raise RuntimeError(f"attention {ATTENTION_NAME!r} works only inside PackedForward")
-    unknown = sorted(name for name, it in others.items() if it is not None and name not in HARMLESS_KEYWORDS)
-    if unknown:
-        raise _CannotPackError(f"its attention sends {', '.join(unknown)}")
-    if is_causal is False or getattr(module, "is_causal", True) is False:
-        raise _CannotPackError("its attention is not causal")
-    if query.shape[2] != running.segments.n_tokens or key.shape[2] != query.shape[2]:
-        raise _CannotPackError("its attention runs over other tokens than the packed ones")
+    refuse_unusual(module, query, key, running.segments.n_tokens, is_causal, others)
     running.calls += 1
     running.windowed_calls += sliding_window is not None
     out = tree_attention(
@@ -120,7 +132,14 @@ class PackedForward:
         InputError: the model is not causal, or its logits are not what HeadParameters can say.
     """
 
-    def __init__(self, loaded: LoadedModel, implementation: str = "auto") -> None:
+    def __init__(self, loaded: LoadedModel, implementation: str = "auto", *, prepack: bool = True) -> None:
+        """Compare a packed forward with separate ones.
+
+        Args:
+            loaded: the model.
+            implementation: of the kernels, "auto" or a name.
+            prepack: keep a second copy of small models' weights, laid out for a faster product on a CPU.
+        """
         from transformers import AttentionInterface
 
         AttentionInterface.register(ATTENTION_NAME, _attention)
@@ -136,7 +155,7 @@ class PackedForward:
         self.one_by_one = False
         if loaded.device.type == "cpu":
             _keep_freed_memory()
-        self._linears = PrepackedLinears(self.body)
+        self._linears = PrepackedLinears(self.body if prepack else torch.nn.Module())
         with recording() as self.implementations:
             self.reason = self._probe()
         self.path = "padded" if self.reason else "packed"
@@ -167,14 +186,14 @@ class PackedForward:
         if limit is not None and longest > limit:
             raise ValueError(f"a sequence has {longest} tokens, {self.loaded.name} takes at most {limit}")
         with torch.inference_mode():
-            if self.path == "padded" or longest > self._same_rotation_until:
+            if self.path == "padded" or longest > self.same_rotation_until:
                 return self._padded(batch, rows)
             if len(self._linears) and batch.segments.n_tokens:
                 batch = filled_up(batch, ROWS_MULTIPLE)
             return self._packed(batch, _Running(batch.segments, self.implementation))[rows.to(self.loaded.device)]
 
     @cached_property
-    def _same_rotation_until(self) -> float:
+    def same_rotation_until(self) -> float:
         """Above this length some rotary embeddings turn every token of the batch differently."""
         rope = getattr(self.config, "rope_parameters", None) or getattr(self.config, "rope_scaling", None) or {}
         kinds = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
@@ -189,7 +208,7 @@ class PackedForward:
 
     def _packed(self, batch: PackedBatch, running: _Running) -> torch.Tensor:
         device = self.loaded.device
-        with _attention_switched(self.loaded.model), self._linears.active():
+        with attention_switched(self.loaded.model, ATTENTION_NAME), self._linears.active():
             token = _running.set(running)
             try:
                 output = self.body(
@@ -208,7 +227,7 @@ class PackedForward:
         sequence_r = torch.tensor(batch.sequence_of_segment)[segment_r]
         position_r = batch.position_ids[rows.cpu()]
         sequences = {index: batch.sequence(index) for index in set(sequence_r.tolist())}
-        apart = self.one_by_one or any(len(ids) > self._same_rotation_until for ids in sequences.values())
+        apart = self.one_by_one or any(len(ids) > self.same_rotation_until for ids in sequences.values())
         out = torch.empty(len(rows), self.head.weight.shape[1], dtype=self.loaded.dtype, device=device)
         for group in _groups(sequences, 1 if apart else None):
             hidden = self._separate([sequences[index] for index in group])
@@ -250,7 +269,7 @@ class PackedForward:
         running = _Running(batch.segments, self.implementation)
         try:
             packed = self._packed(batch, running)
-        except _CannotPackError as error:
+        except CannotPackError as error:
             return str(error)
         except (TypeError, ValueError) as error:
             return f"it does not take a packed row: {str(error).splitlines()[0]}"
@@ -318,9 +337,10 @@ def _keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def _attention_switched(model: Any) -> Iterator[None]:
+def attention_switched(model: Any, name: str) -> Iterator[None]:
+    """Inside, the model's layers call the attention function that was registered under this name."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION_NAME)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:

@@ -1,0 +1,430 @@
+"""Per-example gradients of LoRA matrices, as what they are made of: each linear's input x and output gradient delta.
+
+Many examples go through the model in one packed row, nothing padded and nothing shared, each with its own mean loss:
+
+    loss_i = mean over the labelled tokens t of example i of -log p(token t | the tokens before it)
+
+Since examples do not see each other, one backward of their sum gives everyone's delta, and over the tokens of i
+
+    dA_i = scale (delta_i B)^T x_i   [r, d_in]          dB_i = scale delta_i^T (x_i A^T)   [d_out, r]
+
+which is left to a consumer. The adapter is merged into W for both directions, nothing else gets a gradient, and the
+backward ends at the lowest LoRA layer.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from fastsel.errors import FastselWarning, InputError
+from fastsel.models.loading import LoadedModel
+from fastsel.models.lora_modules import LoraLayers, LoraModule
+from fastsel.models.loss_gradient import loss_and_gradient
+from fastsel.models.packed import CannotPackError, PackedForward, attention_switched
+from fastsel.models.segment_attention import ATTENTION_NAME, packed_lengths, segment_attention
+
+# What a forward may keep for its backward; batches that would keep more compute their layers twice instead.
+ACTIVATION_BYTES = 1 << 30
+# Largest relative difference of whole gradients that rounding can make between a packed pass and autograd's.
+PROBE_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
+# Below what float16 can tell from 0 lie many of the gradients of a mean; the factor is taken out again exactly.
+LOSS_SCALE = {torch.float16: 2.0**10}
+
+
+class LabelledSequence(NamedTuple):
+    """Tokens, and the positions of those that count in the loss (from 1 on, increasing)."""
+
+    ids: Sequence[int]
+    labelled: Sequence[int]
+
+
+# module, x [t, d_in], delta [t, d_out], scale, offsets int64 [n + 1]: example i has the rows offsets[i]:offsets[i + 1].
+Consumer = Callable[[LoraModule, torch.Tensor, torch.Tensor, float, torch.Tensor], None]
+
+
+class LoraForward:
+    """Forward and backward of packed examples through a model with a LoRA adapter.
+
+    When it is made, three short sequences go through it, and their gradients are compared with autograd's through the
+    model's own layers. A model that cannot be packed exactly takes its examples one at a time. It says so once.
+
+    Attributes:
+        path: "packed" or "one by one".
+        reason: why the path is not packed, or None.
+        modules: the adapter's LoraModules, in the order of named_parameters().
+        n_parameters: coordinates of a gradient.
+        bytes_per_token: what a forward keeps for its backward, measured.
+
+    Raises:
+        InputError: there is no plain LoRA adapter on linear layers, or gradients differ from autograd's.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        """Args: a model with a peft adapter that is not merged; `loaded.model` may be the peft model."""
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(ATTENTION_NAME, segment_attention)
+        self.loaded = loaded
+        model = loaded.model
+        self._inner = (
+            model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+        )
+        self.lora = LoraLayers(model)
+        self.modules, self.n_parameters = self.lora.modules, self.lora.n_parameters
+        head = self._inner.get_output_embeddings()
+        if any(layer.layer is head for layer in self.lora.layers):
+            raise InputError("the adapter is on lm_head too; gradients are taken of the layers below it: train without")
+        self._scale = LOSS_SCALE.get(loaded.dtype, 1.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FastselWarning)  # what it does instead is not what is done here
+            forward = PackedForward(replace(loaded, model=self._inner), prepack=False)
+        self.head, self.body, self._most_packed = forward.head, forward.body, forward.same_rotation_until
+        self.reason = forward.reason
+        self.bytes_per_token = 0.0
+        self._probe()
+        self.path = "one by one" if self.reason else "packed"
+        if self.reason:
+            warnings.warn(
+                f"{loaded.name} cannot be packed ({self.reason}); gradients are taken one row at a time, "
+                "which is slower",
+                FastselWarning,
+                stacklevel=2,
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process is sent the model and makes, and checks, a forward of its own."""
+        return LoraForward, (self.loaded,)
+
+    def run(
+        self, examples: Sequence[Sequence[LabelledSequence]], consumer: Consumer, *, checkpointing: bool | None = None
+    ) -> torch.Tensor:
+        """Hand x and delta of every LoRA module to a consumer, once for each module and batch.
+
+        Args:
+            examples: the sequences of each example; its loss is the mean over the labelled tokens of all of them. At
+                least one token of each is labelled.
+            consumer: called with (module, x, delta, scale, offsets) during the backward, so from the highest layer
+                down; x [t, d_in] and delta [t, d_out] have the type of A and must not be changed. On the path "one by
+                one" it is called for each example alone, with offsets that leave the others empty.
+            checkpointing: keep only each layer's input and compute the layer again in the backward; None does so where
+                more than ACTIVATION_BYTES would be kept.
+
+        Returns:
+            Float64 [n], on the CPU: each example's loss. NaN where its logits are not finite, which leaves the others
+            alone.
+
+        Raises:
+            ValueError: nothing is labelled in an example, a label has no token before it, or a sequence is longer than
+                the model can take.
+        """
+        for number, example in enumerate(examples):
+            self._check(number, example)
+        losses = torch.zeros(len(examples), dtype=torch.float64)
+        longest = max((len(s.ids) for example in examples for s in example), default=0)
+        if self.path == "packed" and longest <= self._most_packed:
+            self._run(examples, range(len(examples)), losses, consumer, checkpointing, packed=True)
+        else:
+            for i in range(len(examples)):
+                self._run(examples, [i], losses, consumer, checkpointing, packed=False)
+        return losses
+
+    def _check(self, number: int, example: Sequence[LabelledSequence]) -> None:
+        limit = self.loaded.max_positions
+        if not any(len(sequence.labelled) for sequence in example):
+            raise ValueError(f"example {number} has no labelled token, so no loss")
+        for sequence in example:
+            if limit is not None and len(sequence.ids) > limit:
+                raise ValueError(
+                    f"example {number} has {len(sequence.ids)} tokens, {self.loaded.name} takes at most {limit}"
+                )
+            if len(sequence.labelled) and not 1 <= min(sequence.labelled) <= max(sequence.labelled) < len(sequence.ids):
+                raise ValueError(f"example {number}: labels must have a token before them and be within the sequence")
+
+    def _run(
+        self,
+        examples: Sequence[Sequence[LabelledSequence]],
+        members: Sequence[int],
+        losses: torch.Tensor,
+        consumer: Consumer,
+        checkpointing: bool | None,
+        *,
+        packed: bool,
+    ) -> None:
+        batch = _lay_out([examples[i] for i in members], self.loaded.device, self._scale)
+        n_tokens = int(batch.offsets[-1])
+        if checkpointing is None:
+            checkpointing = n_tokens * self.bytes_per_token > ACTIVATION_BYTES
+        counts = torch.zeros(len(examples), dtype=torch.int64)
+        counts[list(members)] = batch.offsets.diff()
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        capture = _Capture(self.modules, consumer, offsets, self._scale, batch.lengths if not packed else [n_tokens])
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(_frozen(self.loaded.model))
+            stack.enter_context(self.lora.active(capture.hand_over, capture.on_forward))
+            if checkpointing:
+                stack.enter_context(self._checkpointed())
+            if packed:
+                stack.enter_context(packed_lengths(batch.lengths))
+                stack.enter_context(attention_switched(self._inner, ATTENTION_NAME))
+                hidden = [self._body(batch.token_ids, batch.position_ids)]
+            else:
+                hidden = [self._body(ids) for ids in torch.split(batch.token_ids, batch.lengths)]
+            self._backward(hidden, batch, losses, members, capture)
+        capture.finish()
+
+    def _body(self, token_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+        positions = {} if position_ids is None else {"position_ids": position_ids[None]}
+        output = self.body(input_ids=token_ids[None], use_cache=False, **positions)
+        hidden: torch.Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def _backward(
+        self,
+        hidden: list[torch.Tensor],
+        batch: "_Batch",
+        losses: torch.Tensor,
+        members: Sequence[int],
+        capture: "_Capture",
+    ) -> None:
+        together = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+        predicting = together[batch.rows]
+        nll, gradient = loss_and_gradient(predicting.detach(), self.head, batch.targets, batch.weights)
+        of_example = torch.tensor(list(members))[batch.example_of_label]
+        losses.index_add_(0, of_example, nll * batch.weights.cpu().double() / self._scale)
+        capture.forward_is_over = True
+        torch.autograd.backward(predicting, gradient)
+
+    @contextlib.contextmanager
+    def _checkpointed(self) -> Iterator[None]:
+        """Inside, the model's layers keep their inputs only. Not by training mode: dropout would come with it."""
+        from torch.utils.checkpoint import checkpoint
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        layers = [module for module in self.body.modules() if isinstance(module, GradientCheckpointingLayer)]
+        own = [(layer, layer.forward) for layer in layers if "forward" not in vars(layer)]
+        for layer, forward in own:
+            vars(layer)["forward"] = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+        try:
+            yield
+        finally:
+            for layer, _ in own:
+                vars(layer).pop("forward")
+
+    def _probe(self) -> None:
+        """Compare with autograd through the model's own layers; sets reason and bytes_per_token.
+
+        Raises:
+            InputError: even one example at a time differs.
+        """
+        examples = _probe_examples(self.head.weight.shape[0])
+        expected = torch.stack([self._autograd(example[0]) for example in examples])
+        tolerance = PROBE_TOLERANCE.get(self.loaded.dtype, 0.3)
+        for path in ["one by one"] if self.reason else ["packed", "one by one"]:
+            self.path = path
+            kept: dict[int, int] = {}
+            found = torch.zeros_like(expected)
+            with torch.autograd.graph.saved_tensors_hooks(partial(_count, kept), _as_it_is):
+                try:
+                    self.run(examples, partial(_dense, found), checkpointing=False)
+                except CannotPackError as error:
+                    self.reason = str(error)
+                    continue
+            weights = {p.untyped_storage().data_ptr() for p in self.loaded.model.parameters()}
+            sizes = [len(sequence.ids) - 1 for example in examples for sequence in example]
+            n_tokens = sum(sizes) if path == "packed" else max(sizes)
+            self.bytes_per_token = sum(size for at, size in kept.items() if at not in weights) / n_tokens
+            difference = float(((found - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-30)).max())
+            if difference <= tolerance:
+                return
+            self.reason = f"packed gradients differ from autograd's by {difference:.1e}"
+        raise InputError(
+            f"{self.loaded.name}: gradients of its LoRA matrices differ from autograd's by {difference:.1e}, so that "
+            "its layers do something unknown with them; name another model"
+        )
+
+    def _autograd(self, sequence: LabelledSequence) -> torch.Tensor:
+        """[p]: the gradient of the loss of one sequence, by the model's own layers alone."""
+        ids = torch.tensor([list(sequence.ids)], device=self.loaded.device)
+        matrices = [matrix for layer in self.lora.layers for matrix in layer.parameters]
+        distinct = list({id(matrix): matrix for matrix in matrices}.values())
+        with torch.enable_grad(), _frozen(self.loaded.model):
+            try:
+                for matrix in distinct:
+                    matrix.requires_grad_(True)
+                logits = self._inner(input_ids=ids, use_cache=False).logits[0]
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                labelled = torch.tensor(list(sequence.labelled), device=logits.device)
+                loss = torch.nn.functional.cross_entropy(logits[labelled - 1], ids[0, labelled])
+                found = torch.autograd.grad(loss, distinct, allow_unused=True)
+            finally:
+                for matrix in distinct:
+                    matrix.requires_grad_(False)
+        whole = [torch.zeros_like(m) if g is None else g for m, g in zip(distinct, found, strict=True)]
+        return torch.cat([g.reshape(-1) for g in whole]).double().cpu()
+
+
+def _probe_examples(vocabulary: int) -> list[list[LabelledSequence]]:
+    """Three sequences whose labels begin at other places."""
+    # Small ids: ordinary characters in most vocabularies, no image or special tokens.
+    low, high = min(16, vocabulary // 2), min(vocabulary, 250)
+    ids = [low + (37 * i + i * i) % (high - low) for i in range(54)]
+    parts = [(ids[:23], 9), (ids[23:33], 1), (ids[33:], 14)]
+    return [[LabelledSequence(part, range(first, len(part)))] for part, first in parts]
+
+
+def _dense(
+    found: torch.Tensor, module: LoraModule, x: torch.Tensor, delta: torch.Tensor, scale: float, offsets: torch.Tensor
+) -> None:
+    bounds = offsets.tolist()
+    for i, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        x_t, delta_t = x[start:stop].double(), delta[start:stop].double()
+        grad_a = scale * (delta_t @ module.lora_b.double()).T @ x_t
+        grad_b = scale * delta_t.T @ (x_t @ module.lora_a.double().T)
+        found[i, module.first : module.first + module.size] += torch.cat([grad_a.reshape(-1), grad_b.reshape(-1)]).cpu()
+
+
+def _count(kept: dict[int, int], tensor: torch.Tensor) -> torch.Tensor:
+    storage = tensor.untyped_storage()
+    kept[storage.data_ptr()] = storage.nbytes()
+    return tensor
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+@contextlib.contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """Inside, no parameter asks for a gradient."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@dataclass
+class _Batch:
+    """Examples in one packed row; the last labelled token of a sequence, and what follows it, predicts nothing."""
+
+    token_ids: torch.Tensor  # [t]
+    position_ids: torch.Tensor  # [t]
+    lengths: list[int]  # of each sequence
+    offsets: torch.Tensor  # [n + 1], CPU
+    rows: torch.Tensor  # [l], packed rows that predict a labelled token
+    targets: torch.Tensor  # [l]
+    weights: torch.Tensor  # [l], 1 / number of labelled tokens of the example
+    example_of_label: torch.Tensor  # [l], CPU
+
+
+def _lay_out(examples: Sequence[Sequence[LabelledSequence]], device: torch.device, loss_scale: float) -> _Batch:
+    ids: list[int] = []
+    positions: list[int] = []
+    lengths: list[int] = []
+    offsets, rows, targets, weights, owners = [0], [], [], [], []
+    for number, example in enumerate(examples):
+        n_labelled = sum(len(sequence.labelled) for sequence in example)
+        for sequence in example:
+            if not len(sequence.labelled):
+                continue
+            start, stop = len(ids), max(sequence.labelled)
+            ids += sequence.ids[:stop]
+            positions += range(stop)
+            lengths.append(stop)
+            rows += [start + position - 1 for position in sequence.labelled]
+            targets += [sequence.ids[position] for position in sequence.labelled]
+            weights += [loss_scale / n_labelled] * len(sequence.labelled)
+            owners += [number] * len(sequence.labelled)
+        offsets.append(len(ids))
+    where: dict[str, Any] = {"dtype": torch.int64, "device": device}
+    return _Batch(
+        torch.tensor(ids, **where),
+        torch.tensor(positions, **where),
+        lengths,
+        torch.tensor(offsets, dtype=torch.int64),
+        torch.tensor(rows, **where),
+        torch.tensor(targets, **where),
+        torch.tensor(weights, dtype=torch.float64, device=device),
+        torch.tensor(owners, dtype=torch.int64),
+    )
+
+
+class _Capture:
+    """Hands a module's x and delta on as soon as all of its uses in this batch have reported."""
+
+    def __init__(
+        self,
+        modules: Sequence[LoraModule],
+        consumer: Consumer,
+        offsets: torch.Tensor,
+        loss_scale: float,
+        row_counts: list[int],
+    ) -> None:
+        self._modules, self._consumer, self._offsets = modules, consumer, offsets
+        self._loss_scale, self._row_counts = loss_scale, row_counts
+        self._uses = [0] * len(modules)
+        self._reported: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in modules]
+        self._done = [False] * len(modules)
+        self.forward_is_over = False
+
+    def on_forward(self, module: LoraModule) -> None:
+        """A layer runs; what a checkpoint computes again in the backward is not another use."""
+        if not self.forward_is_over:
+            self._uses[module.number] += 1
+
+    def hand_over(self, module: LoraModule, x: torch.Tensor, delta: torch.Tensor) -> None:
+        """One use of a module reports."""
+        if len(x) not in self._row_counts:
+            raise CannotPackError(f"its layer {module.name} runs over other tokens than the sequence has")
+        reported = self._reported[module.number]
+        reported.append((x, delta))
+        if len(reported) == self._uses[module.number]:
+            self._give(module)
+
+    def finish(self) -> None:
+        """Modules that took no part have gradient 0, and the consumer is told that too."""
+        for module in self._modules:
+            if not self._done[module.number]:
+                self._give(module)
+
+    def _give(self, module: LoraModule) -> None:
+        self._done[module.number] = True
+        pieces = self._reported[module.number]
+        self._reported[module.number] = []
+        scale = module.scale / self._loss_scale
+        if len(pieces) == 1:
+            x, delta, offsets = *pieces[0], self._offsets
+        elif not pieces:
+            x, delta = (
+                module.lora_a.new_zeros(0, module.lora_a.shape[1]),
+                module.lora_b.new_zeros(0, module.lora_b.shape[0]),
+            )
+            offsets = torch.zeros_like(self._offsets)
+        else:
+            x, delta, offsets = self._joined(pieces)
+        self._consumer(module, x, delta, scale, offsets)
+
+    def _joined(
+        self, pieces: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Several uses, each over all rows (layers that share matrices) or over one sequence (of a single example)."""
+        x, delta = torch.cat([x for x, _ in pieces]), torch.cat([d for _, d in pieces])
+        n_rows = int(self._offsets[-1])
+        counts = self._offsets.diff()
+        if int((counts > 0).sum()) == 1:  # one example: any order will do
+            return x, delta, self._offsets.sign() * len(x)
+        uses = len(pieces)
+        owner = torch.arange(len(counts)).repeat_interleave(counts).repeat(uses)
+        order = torch.argsort(owner, stable=True).to(x.device)
+        if len(owner) != uses * n_rows or len(owner) != len(x):
+            raise CannotPackError("layers that share LoRA matrices run over different tokens")
+        return x[order], delta[order], self._offsets * uses

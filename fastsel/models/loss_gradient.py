@@ -1,0 +1,64 @@
+"""Cross-entropy of labelled tokens and its gradient with respect to the hidden states, in one sweep over the head."""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from fastsel.models.packed import HeadParameters
+
+TILE_BYTES = 48 << 20  # of logits at a time
+
+
+def loss_and_gradient(
+    hidden: torch.Tensor, head: "HeadParameters", targets: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per-token loss, and the gradient of its weighted sum.
+
+        nll[t] = log sum_j e^z[t, j] - z[t, targets[t]],   gradient[t] = weights[t] * d nll[t] / d hidden[t]
+
+    z are the logits of HeadParameters. The gradient is formed from e^z / sum e^z, never from a rounded logarithm, whose
+    error all words of a token would share (torch's own: 2e-5 of a LoRA gradient in float32; this: 5e-6).
+
+    Args:
+        hidden: [t, d].
+        head: of the model.
+        targets: [t] int64.
+        weights: [t] float64.
+
+    Returns:
+        (nll float64 [t] on the CPU, gradient [t, d] in the type of hidden). Not finite where a token's logits are not.
+
+    Cost: two matrix products, 4 t v d flops; at most TILE_BYTES of logits, never [t, v].
+    """
+    weight, bias, softcap, scale = head
+    working = torch.promote_types(weight.dtype, torch.float32)
+    gradient = torch.empty_like(hidden)
+    nll = torch.empty(len(hidden), dtype=torch.float64)
+    rows = max(16, TILE_BYTES // (weight.shape[0] * working.itemsize))
+    for start in range(0, len(hidden), rows):
+        tile = slice(start, start + rows)
+        target = targets[tile, None]
+        z = F.linear(hidden[tile].to(weight.dtype), weight, bias).to(working)
+        if scale != 1.0:
+            z *= scale
+        slope = None
+        if softcap is not None:
+            z = torch.tanh(z / softcap)
+            slope = 1 - z.square()
+            z *= softcap
+        at_target = z.gather(1, target)
+        largest = z.amax(1, keepdim=True)
+        z.sub_(largest).exp_()
+        total = z.sum(1, keepdim=True)
+        nll[tile] = (total.log() - (at_target - largest))[:, 0].double().cpu()
+        w = weights[tile, None].to(working)
+        z.mul_(w / total)
+        z.scatter_add_(1, target, -w)
+        if slope is not None:
+            z *= slope
+        if scale != 1.0:
+            z *= scale
+        gradient[tile] = (z.to(weight.dtype) @ weight).to(hidden.dtype)
+    return nll, gradient
