@@ -278,9 +278,10 @@ class _Greedy:
             distances = novelty(vectors, picked, one_hot, implementation=self.implementation)
             self.quantiles[rows[:, None], torch.arange(len(ranks), device=rows.device)] = distances.float()
         else:
-            vectors = self.rows.take(rows.cpu().numpy()) if self.rows.is_mapped else self.rows.whole()[rows]
+            is_mapped = self.rows.is_mapped
+            vectors = self.rows.take(rows.cpu().numpy()) if is_mapped else self.rows.whole().index_select(0, rows)
             scores = self._novelty(vectors, self.picked[:t], self.weights[:t], rows).double()
-        self.slack[rows] = self.ceiling[rows] - scores
+        self.slack.index_copy_(0, rows, self.ceiling.index_select(0, rows) - scores)
         self.n_scored += len(rows)
         return np.asarray(scores.cpu().numpy())
 
@@ -288,7 +289,7 @@ class _Greedy:
         self, vectors: torch.Tensor, picked: torch.Tensor, weights: torch.Tensor, rows: torch.Tensor
     ) -> torch.Tensor:
         return novelty(
-            vectors, picked, weights, None if self.is_paper else self.sigma[rows], self.picked_sigma[: self.t],
+            vectors, picked, weights, None if self.is_paper else self.sigma.index_select(0, rows), self.picked_sigma[: self.t],
             rank_by="distance" if self.is_paper else "weighted", implementation=self.implementation,
         )  # fmt: skip
 
