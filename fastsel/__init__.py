@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what type checkers and editors see; tests/test_public_api.py holds it to the table below
     from fastsel import io, kernels, metrics, selectors
     from fastsel.errors import FastselError, FastselWarning, InputError, MissingExtraError, RunFailedError, UsageError
+    from fastsel.features.warmup import warmup
     from fastsel.io import open_pool
     from fastsel.methods.diverse_evol import diverse_evol
     from fastsel.methods.facility_location import facility_location
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests/test_public_api.p
     from fastsel.methods.repr_filter import repr_filter
     from fastsel.methods.scores import scores
     from fastsel.methods.superfiltering import superfiltering
+    from fastsel.models.checkpoints import open_checkpoints
     from fastsel.models.loading import load_model
     from fastsel.selection import Selection
 
@@ -49,6 +51,7 @@ _HOMES = {
     "load_model": "fastsel.models.loading",
     "mig": "fastsel.methods.mig",
     "novelselect": "fastsel.methods.novelselect",
+    "open_checkpoints": "fastsel.models.checkpoints",
     "open_pool": "fastsel.io",
     "perplexity": "fastsel.methods.perplexity",
     "qdit": "fastsel.methods.qdit",
@@ -56,6 +59,7 @@ _HOMES = {
     "repr_filter": "fastsel.methods.repr_filter",
     "scores": "fastsel.methods.scores",
     "superfiltering": "fastsel.methods.superfiltering",
+    "warmup": "fastsel.features.warmup",
 }
 __all__ = [
     "FastselError",
@@ -77,6 +81,7 @@ __all__ = [
     "metrics",
     "mig",
     "novelselect",
+    "open_checkpoints",
     "open_pool",
     "perplexity",
     "qdit",
@@ -85,6 +90,7 @@ __all__ = [
     "scores",
     "selectors",
     "superfiltering",
+    "warmup",
 ]
 
 

@@ -277,6 +277,12 @@ def _from_folder(
             f"model {name} lacks {len(missing)} weights of {type(model).__name__} ({missing[0]}, ...): they would be "
             "random, and so would the scores. Name a checkpoint with a language-model head"
         )
+    if gguf_file is not None and dtype not in QUANTISED:
+        # The blocks are expanded; a model that calls itself quantised cannot be trained.
+        model.is_quantized, model.hf_quantizer = False, None
+        for owner, mark in ((model, "quantization_method"), (model.config, "quantization_config")):
+            if hasattr(owner, mark):
+                delattr(owner, mark)
     if dtype not in QUANTISED:
         model.to(device)
     return model.requires_grad_(False), tokenizer

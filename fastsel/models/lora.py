@@ -1,19 +1,21 @@
 """A low-rank adapter trained on a few sequences, there while a block lasts; the model's own weights never move."""
 
 import math
+import random
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
-from fastsel.errors import UsageError
+from fastsel.errors import InputError, UsageError
+from fastsel.models.labelled_loss import WeightedSequence, labelled_loss, padded_batches
 from fastsel.models.loading import LoadedModel, require
 
 WARM_UP = 0.03  # share of the steps over which the learning rate rises; it then falls along half a cosine
-IGNORED = -100  # what transformers leaves out of the loss
-_ROWS_AT_ONCE = 4  # of a step, that go through the model together
+_BATCH_TOKENS = 2048  # that go through the model together
 
 
 @contextmanager
@@ -42,16 +44,36 @@ def adapted(
         MissingExtraError: peft is missing.
         UsageError: nothing is to be learnt, or the loss is not finite: the learning rate is too high.
     """
+    learnt = [(list(ids), range(max(1, first), len(ids))) for ids, first in sequences if len(ids) > max(1, first)]
+    if not learnt:
+        raise UsageError("there is no answer to train on: the rows drawn have none within max_length")
+    with new_adapter(loaded, seed, r=rank, lora_alpha=2 * rank, target_modules="all-linear") as adapter:
+        _train(adapter, loaded, learnt, epochs, learning_rate, rows_a_step)
+        adapter.eval()
+        yield adapter, loaded.tokenizer
+
+
+@contextmanager
+def new_adapter(loaded: LoadedModel, seed: int, **lora: Any) -> Iterator[Any]:
+    """A fresh LoRA adapter on a model, as a peft model with gradients on; taken out again when the block ends.
+
+    Args:
+        loaded: the model; its parameters, gradients' flags and mode are afterwards what they were, and so are the
+            random generators of torch, numpy and Python.
+        seed: of torch's generator inside the block, from which the adapter starts.
+        lora: of peft's LoraConfig.
+
+    Raises:
+        MissingExtraError: peft is missing.
+        InputError: the model has none of the modules.
+    """
     require("peft", "training an adapter")
     import peft
 
-    learnt = [(list(ids), first) for ids, first in sequences if len(ids) > max(1, first)]
-    if not learnt:
-        raise UsageError("there is no answer to train on: the rows drawn have none within max_length")
     model = loaded.model
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     devices = [loaded.device] if loaded.device.type == "cuda" else []
+    states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         torch.manual_seed(seed)
         with warnings.catch_warnings():
@@ -59,11 +81,16 @@ def adapted(
             # peft calls what it is about to rename.
             warnings.filterwarnings("ignore", message="fan_in_fan_out")
             warnings.filterwarnings("ignore", category=FutureWarning)
-            adapter = peft.get_peft_model(model, config)
+            try:
+                adapter = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
+            except ValueError as error:
+                linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if hasattr(m, "weight")})
+                raise InputError(
+                    f"no adapter can be put on {loaded.name}: {str(error).splitlines()[0]} Its modules are called: "
+                    f"{', '.join(linear)}; name some (target_modules), or 'all-linear'"
+                ) from error
         try:
-            _train(adapter, loaded, learnt, epochs, learning_rate, rows_a_step)
-            adapter.eval()
-            yield adapter, loaded.tokenizer
+            yield adapter
         finally:
             adapter.unload()
             if hasattr(model, "peft_config"):
@@ -71,10 +98,12 @@ def adapted(
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             model.eval()
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def _train(
-    adapter: Any, loaded: LoadedModel, sequences: list[tuple[list[int], int]], epochs: int, rate: float, rows: int
+    adapter: Any, loaded: LoadedModel, sequences: list[tuple[list[int], range]], epochs: int, rate: float, rows: int
 ) -> None:
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     steps = epochs * math.ceil(len(sequences) / rows)
@@ -91,29 +120,21 @@ def _train(
             )
             optimizer.zero_grad(set_to_none=True)
             of_step = [sequences[i] for i in order[start : start + rows]]
-            n_learnt = sum(len(ids) - max(1, first) for ids, first in of_step)
-            for at in range(0, len(of_step), _ROWS_AT_ONCE):
-                torch.autograd.backward(_loss(adapter, loaded, of_step[at : at + _ROWS_AT_ONCE], n_learnt))
+            weight = 1 / sum(len(labelled) for _, labelled in of_step)
+            weighted = [WeightedSequence(ids, labelled, weight) for ids, labelled in of_step]
+            for batch in padded_batches(weighted, _BATCH_TOKENS):
+                torch.autograd.backward(finite(labelled_loss(adapter, loaded.device, batch)))
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             step += 1
 
 
-def _loss(adapter: Any, loaded: LoadedModel, batch: list[tuple[list[int], int]], n_learnt: int) -> torch.Tensor:
-    """Summed over the learnt tokens of the batch, over those of the whole step."""
-    longest = max(len(ids) for ids, _ in batch)
-    ids_bt = torch.zeros(len(batch), longest, dtype=torch.int64)
-    mask_bt = torch.zeros(len(batch), longest, dtype=torch.int64)
-    labels_bt = torch.full((len(batch), longest), IGNORED)
-    for row, (ids, first) in enumerate(batch):
-        ids_bt[row, : len(ids)] = torch.tensor(ids)
-        mask_bt[row, : len(ids)] = 1
-        labels_bt[row, max(1, first) : len(ids)] = torch.tensor(ids[max(1, first) :])
-    logits = adapter(input_ids=ids_bt.to(loaded.device), attention_mask=mask_bt.to(loaded.device)).logits
-    loss = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels_bt[:, 1:].flatten().to(loaded.device),
-        ignore_index=IGNORED, reduction="sum",
-    )  # fmt: skip
+def finite(loss: torch.Tensor) -> torch.Tensor:
+    """The loss.
+
+    Raises:
+        UsageError: it is not a finite number.
+    """
     if not bool(torch.isfinite(loss)):
         raise UsageError("the loss of the adapter is not finite; take a lower learning_rate")
-    return loss / n_learnt
+    return loss

@@ -128,19 +128,6 @@ def test_an_adapter_lowers_the_loss_of_what_it_is_trained_on(kind, tiny):
     assert loss(loaded.model) == before
 
 
-def test_only_answers_are_learnt_and_padding_is_not(tiny):
-    """The loss of a batch against log-softmax by hand, each sequence alone: tokens from `first` on, over all."""
-    loaded = load_model(tiny("llama"))
-    batch = [([5, 6, 7, 8, 9], 3), ([10, 11], 1), ([12, 13, 14, 15, 16, 17, 18], 6)]
-    expected = 0.0
-    with torch.no_grad():
-        for ids, first in batch:
-            logprobs = torch.log_softmax(loaded.model(input_ids=torch.tensor([ids])).logits[0], dim=1)
-            expected -= sum(float(logprobs[at - 1, ids[at]]) for at in range(first, len(ids)))
-        got = float(lora._loss(loaded.model, loaded, batch, 4))
-    assert got == pytest.approx(expected / 4, rel=1e-5)
-
-
 def test_refuses_rows_without_an_answer(tiny):
     loaded = load_model(tiny("llama"))
     with pytest.raises(UsageError, match="there is no answer to train on"), lora.adapted(loaded, [([5, 6, 7], 3)]):

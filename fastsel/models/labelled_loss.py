@@ -1,0 +1,64 @@
+"""The loss of labelled tokens in a padded batch, and how many sequences make one: what training an adapter needs."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+
+class WeightedSequence(NamedTuple):
+    """Tokens, the positions of those that are learnt (from 1 on), and what each of these counts in the loss."""
+
+    ids: Sequence[int]
+    labelled: Sequence[int]
+    weight: float
+
+
+def padded_batches(sequences: Sequence[WeightedSequence], batch_tokens: int) -> Iterator[list[WeightedSequence]]:
+    """Batches of at most batch_tokens tokens with their padding, short sequences first; one alone may exceed it."""
+    batch: list[WeightedSequence] = []
+    for sequence in sorted(sequences, key=lambda sequence: len(sequence.ids)):
+        if batch and (len(batch) + 1) * len(sequence.ids) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(sequence)
+    if batch:
+        yield batch
+
+
+def labelled_loss(model: Any, device: torch.device, batch: Sequence[WeightedSequence]) -> torch.Tensor:
+    """The weighted sum of -log p over the labelled tokens of a batch: float32 scalar, with gradients.
+
+    Args:
+        model: a transformers causal language model, or peft's form of one. Only the columns in which some sequence has
+            a label reach its head, where it lets them be named (logits_to_keep).
+        device: where it runs.
+        batch: sequences; shorter ones are padded at the end.
+    """
+    longest = max(len(sequence.ids) for sequence in batch)
+    ids_bt = torch.zeros(len(batch), longest, dtype=torch.int64)
+    mask_bt = torch.zeros(len(batch), longest, dtype=torch.int64)
+    weights_bt = torch.zeros(len(batch), longest)  # of the token that a column predicts
+    for row, sequence in enumerate(batch):
+        ids_bt[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
+        mask_bt[row, : len(sequence.ids)] = 1
+        weights_bt[row, torch.tensor(sequence.labelled) - 1] = sequence.weight
+    inputs = {"input_ids": ids_bt.to(device)}
+    if int(mask_bt.min()) == 0:
+        inputs["attention_mask"] = mask_bt.to(device)
+    columns = torch.nonzero(weights_bt.any(0))[:, 0]
+    if "logits_to_keep" in inspect.signature(_inner(model).forward).parameters:
+        logits = model(**inputs, logits_to_keep=columns.to(device)).logits
+    else:
+        logits = model(**inputs).logits[:, columns.to(device)]
+    kept = weights_bt[:, columns]
+    row, place = torch.nonzero(kept, as_tuple=True)
+    predicted = logits[row.to(device), place.to(device)].float()
+    targets = ids_bt[row, columns[place] + 1].to(device)
+    losses = torch.nn.functional.cross_entropy(predicted, targets, reduction="none")
+    return torch.dot(losses, kept[row, place].to(device))
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
