@@ -26,6 +26,7 @@ from fastsel.commands.arguments import (
     metrics_parser,
     parse,
     run_parser,
+    warmup_parser,
 )
 from fastsel.commands.catalogue import METHODS
 from fastsel.commands.config import resolve
@@ -33,7 +34,8 @@ from fastsel.commands.console import Console, table
 from fastsel.errors import FastselError, RunFailedError, UsageError
 
 SHORT_OF_BUDGET, TERMINATED, INTERRUPTED = 3, 75, 130
-COMMANDS = ("select", "score", "metrics", "methods", "doctor", "demo")
+COMMANDS = ("select", "score", "warmup", "metrics", "methods", "doctor", "demo")
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 logger = logging.getLogger("fastsel")
 
 
@@ -46,7 +48,7 @@ def _run(command: str, words: list[str], console: Console, given: dict[str, Any]
     talk = ("progress", "json", "quiet", "verbose")
     flags = {name: value for name, value in given.items() if name not in own + talk}
     if given.get("offline"):
-        os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+        os.environ |= OFFLINE
     if "from_run" in given:
         from fastsel.commands.run import resolve_again
 
@@ -95,6 +97,17 @@ def _methods(given: dict[str, Any]) -> int:
     for row in METHODS.values():
         print(f"{row.name}: {row.title}")
     print("\nThe defaults of one: fastsel select METHOD --help")
+    return 0
+
+
+def _warmup(given: dict[str, Any]) -> int:
+    from fastsel.commands.warmup import warm_up
+
+    if given.pop("offline", False):
+        os.environ |= OFFLINE
+    talk = {name: given.pop(name, None) for name in ("progress", "json", "quiet", "verbose")}
+    outcome = warm_up(given, progress=_progress({name: value for name, value in talk.items() if value}))
+    print(json.dumps(outcome.as_dict()) if talk["json"] else outcome.text())
     return 0
 
 
@@ -188,6 +201,8 @@ def _command(words: list[str], console: Console) -> int:
         method = rest.pop(0) if rest and not rest[0].startswith("-") else None
         given = parse(run_parser(command, method), rest)
         return _run(command, words[1:], console, given, method)
+    if command == "warmup":
+        return _warmup(parse(warmup_parser(), rest))
     if command == "methods":
         return _methods(parse(methods_parser(), rest))
     if command == "metrics":
@@ -205,7 +220,7 @@ def _command(words: list[str], console: Console) -> int:
 
 def _stopped(how: str, code: int, words: list[str]) -> int:
     logger.warning("%s", how)
-    if words[0] in ("select", "score", "demo"):
+    if words[0] in ("select", "score", "warmup", "demo"):
         logger.info("Finished parts are kept. To go on: %s", shlex.join(["fastsel", *words]))
     _result_of_failure(words, how, code)
     return code

@@ -7,8 +7,8 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from fastsel.commands.catalogue import METHODS
-from fastsel.commands.config import options_of
-from fastsel.commands.options import GROUPS, OPTIONS, Option
+from fastsel.commands.config import options_of, warmup_options
+from fastsel.commands.options import CHOICE, GROUPS, OPTIONS, Option
 from fastsel.errors import UsageError
 from fastsel.progress import MODES
 
@@ -21,6 +21,7 @@ fastsel picks the examples worth training on.
 commands
   select METHOD   score the rows of a pool, choose, and write the chosen rows with a record of why
   score METHOD    score the rows only; choose later with `fastsel select --from RUN`
+  warmup POOL     train LoRA on a few rows of a pool, for methods that ask a model in training (less)
   metrics SUBSET  how diverse a subset is, beside random draws of the same size
   methods         the table of methods
   doctor          which implementation of each kernel runs on this machine, and why not the others
@@ -34,6 +35,7 @@ ABOUT_COMMAND = {
     "select": "Score the rows of a pool, choose some, and write them with a record of why.",
     "score": "Score the rows of a pool without choosing; `fastsel select --from RUN` chooses later.",
     "metrics": "How diverse a subset is: its value by each metric, beside random draws of the same size, and the cost.",
+    "warmup": "Train a LoRA adapter on rows drawn from a pool, with a checkpoint and Adam's moments after each epoch.",
     "methods": "The methods, what each looks at, and where it comes from.",
     "doctor": "What will run on this machine, and why not something faster.",
     "demo": "Choose a tenth of a bundled pool by IFD with a real language model, offline.",
@@ -113,7 +115,8 @@ def _add_option(section: Any, option: Option, applies: bool, default: Any, metho
     words = [option.short, option.flag] if option.short else [option.flag]
     shown = option.help
     if default is not None and method is not None and default is not False and default is not True:
-        shown += f" (default: {str(default).replace('%', '%%')})"
+        words_of_default = " ".join(default) if isinstance(default, tuple) else str(default)
+        shown += f" (default: {words_of_default.replace('%', '%%')})"
     given: dict[str, Any] = {"dest": option.name, "help": shown if applies else argparse.SUPPRESS}
     if option.metavar is None:
         section.add_argument(*words, action=argparse.BooleanOptionalAction, **given)
@@ -169,6 +172,22 @@ def metrics_parser() -> _Parser:
     parser.add_argument("--seed", type=int, metavar="N", help="of the draws (default: 0)")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the result there too, as JSON")
     _add_talk(parser)
+    return parser
+
+
+def warmup_parser() -> _Parser:
+    """Flags of `fastsel warmup`; the defaults are those of the function."""
+    parser = _parser("warmup", "fastsel warmup POOL -o DIR [flags]")
+    parser.add_argument("pool", nargs="*", metavar="POOL", help=OPTIONS["pool"].help)
+    for group, heading in GROUPS.items():
+        options = [name for name in warmup_options() if OPTIONS[name].group == group and name != "pool"]
+        section = parser.add_argument_group("what is drawn" if group == CHOICE else heading) if options else None
+        for name in options:
+            _add_option(section, OPTIONS[name], True, warmup_options()[name], "warmup")
+    run = parser.add_argument_group("the run")
+    run.add_argument("-o", "--output", metavar="DIR", help="a folder of its own; an unfinished run in it goes on")
+    run.add_argument("--offline", action="store_true", help="never ask the network (sets HF_HUB_OFFLINE=1)")
+    _add_talk(run)
     return parser
 
 

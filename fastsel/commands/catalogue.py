@@ -77,6 +77,25 @@ _EMBED: dict[str, Any] = {
     "implementation": "auto",
     "batch_tokens": None,
 }
+# Of `fastsel warmup`; `warmup_fraction` is the function's `fraction`.
+WARMUP: dict[str, Any] = {
+    "model": "bundled",
+    "warmup_fraction": 0.05,
+    "epochs": 4,
+    "lora_r": 128,
+    "lora_alpha": None,
+    "lora_dropout": 0.1,
+    "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "learning_rate": 2e-5,
+    "warmup_ratio": 0.03,
+    "rows_a_step": 32,
+    "template": "tulu",
+    "max_length": None,
+    "official": False,
+    "device": "auto",
+    "dtype": "auto",
+    "batch_tokens": None,
+}
 
 _ROWS = (
     Method(

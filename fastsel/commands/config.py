@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from fastsel.commands.catalogue import METHODS, Method, find_method
+from fastsel.commands.catalogue import METHODS, WARMUP, Method, find_method
 from fastsel.commands.options import ENGINE, GROUPS, MACHINE, MODEL, OPTIONS, OUTPUT, POOL, read_value
 from fastsel.errors import InputError, UsageError
 
@@ -77,6 +77,13 @@ def options_of(command: str, method: Method) -> dict[str, Any]:
         for name in _CHOOSING:
             defaults.pop(name, None)
     return defaults
+
+
+def warmup_options() -> dict[str, Any]:
+    """The options of `fastsel warmup`, with their defaults."""
+    of_pool = {name: option.default for name, option in OPTIONS.items() if option.group == POOL}
+    del of_pool["score_column"]
+    return of_pool | {"seed": OPTIONS["seed"].default} | WARMUP
 
 
 def resolve(
