@@ -38,22 +38,22 @@ static inline T mixed(T h) {
     return h ^ (h >> 15);
 }
 
-// T is uint32_t, or Uints where lanes are streams of their own.
-template <typename T>
 struct StreamKey {
-    T inner, outer;
+    uint32_t inner, outer;
 };
 
-template <typename T>
-static inline StreamKey<T> stream_key(HashKey key, T stream) {
+static inline StreamKey stream_key(HashKey key, uint32_t stream) {
     return {mixed(stream ^ key.first), mixed(stream + key.second)};
 }
 
-// The word of one counter; for Uints one word for each stream.
+// The word of one counter, from the halves of a stream's key: one, or with Uints those of LANES streams.
 template <typename T>
-static inline T counter_word(StreamKey<T> key, uint64_t counter) {
+static inline T counter_word(T inner, T outer, uint64_t counter) {
     const uint32_t low = static_cast<uint32_t>(counter), high = static_cast<uint32_t>(counter >> 32);
-    return mixed(mixed(key.inner ^ low) ^ (key.outer + high * 0x9e3779b9u));
+    return mixed(mixed(inner ^ low) ^ (outer + high * 0x9e3779b9u));
+}
+static inline uint32_t counter_word(StreamKey key, uint64_t counter) {
+    return counter_word(key.inner, key.outer, counter);
 }
 
 constexpr int COORDINATES_OF_WORD = 32;  // bit i of a word of signs belongs to coordinate 32 counter + i; set: minus
@@ -76,7 +76,7 @@ static inline void sjlt_rows(const Sjlt& sjlt, int64_t j, uint64_t first, int64_
     const uint32_t length = static_cast<uint32_t>((j + 1) * sjlt.k / sjlt.sparsity - low);
     const uint32_t mask = (1u << sjlt.bits) - 1;
     const int shift = sjlt.bits > 1 ? (sjlt.bits + 1) / 2 : 1;
-    StreamKey<uint32_t> streams[4];
+    StreamKey streams[4];
     for (int i = 0; i < 4; ++i) streams[i] = stream_key(sjlt.rows, static_cast<uint32_t>(4 * j + i));
     for (int64_t done = 0; done < count;) {
         const uint64_t coordinate = first + done, block = coordinate >> sjlt.bits;
@@ -98,7 +98,7 @@ static inline void sjlt_rows(const Sjlt& sjlt, int64_t j, uint64_t first, int64_
 
 // signs[i] = 0x80000000 where nonzero j of coordinate first + i counts negative, else 0: what is xored into a float.
 static inline void sjlt_signs(const Sjlt& sjlt, int64_t j, uint64_t first, int64_t count, uint32_t* signs) {
-    const StreamKey<uint32_t> stream = stream_key(sjlt.signs, static_cast<uint32_t>(j));
+    const StreamKey stream = stream_key(sjlt.signs, static_cast<uint32_t>(j));
     for (int64_t done = 0; done < count;) {
         const uint64_t coordinate = first + done;
         const uint32_t word = counter_word(stream, coordinate / COORDINATES_OF_WORD);
