@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastsel.selectors.facility_location import facility_location
+    from fastsel.selectors.graph_walk import graph_walk
     from fastsel.selectors.k_center import k_center
     from fastsel.selectors.kmeans_sample import kmeans_sample
     from fastsel.selectors.max_sum_dispersion import max_sum_dispersion
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "facility_location": "fastsel.selectors.facility_location",
+    "graph_walk": "fastsel.selectors.graph_walk",
     "k_center": "fastsel.selectors.k_center",
     "kmeans_sample": "fastsel.selectors.kmeans_sample",
     "max_sum_dispersion": "fastsel.selectors.max_sum_dispersion",
@@ -34,6 +36,7 @@ _HOMES = {
 }
 __all__ = [
     "facility_location",
+    "graph_walk",
     "k_center",
     "kmeans_sample",
     "max_sum_dispersion",
