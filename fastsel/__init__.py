@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests/test_public_api.p
     from fastsel.errors import FastselError, FastselWarning, InputError, MissingExtraError, RunFailedError, UsageError
     from fastsel.features.warmup import warmup
     from fastsel.io import open_pool
+    from fastsel.methods.bm25 import bm25
     from fastsel.methods.diverse_evol import diverse_evol
     from fastsel.methods.facility_location import facility_location
     from fastsel.methods.ifd import ifd
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests/test_public_api.p
     from fastsel.methods.perplexity import perplexity
     from fastsel.methods.qdit import qdit
     from fastsel.methods.random import random
+    from fastsel.methods.rds import rds
     from fastsel.methods.repr_filter import repr_filter
     from fastsel.methods.scores import scores
     from fastsel.methods.superfiltering import superfiltering
@@ -42,6 +44,7 @@ _HOMES = {
     "RunFailedError": "fastsel.errors",
     "Selection": "fastsel.selection",
     "UsageError": "fastsel.errors",
+    "bm25": "fastsel.methods.bm25",
     "diverse_evol": "fastsel.methods.diverse_evol",
     "facility_location": "fastsel.methods.facility_location",
     "ifd": "fastsel.methods.ifd",
@@ -56,6 +59,7 @@ _HOMES = {
     "perplexity": "fastsel.methods.perplexity",
     "qdit": "fastsel.methods.qdit",
     "random": "fastsel.methods.random",
+    "rds": "fastsel.methods.rds",
     "repr_filter": "fastsel.methods.repr_filter",
     "scores": "fastsel.methods.scores",
     "superfiltering": "fastsel.methods.superfiltering",
@@ -69,6 +73,7 @@ __all__ = [
     "RunFailedError",
     "Selection",
     "UsageError",
+    "bm25",
     "diverse_evol",
     "facility_location",
     "ifd",
@@ -86,6 +91,7 @@ __all__ = [
     "perplexity",
     "qdit",
     "random",
+    "rds",
     "repr_filter",
     "scores",
     "selectors",

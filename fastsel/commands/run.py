@@ -128,6 +128,11 @@ def run(
         "scores_from": None if from_run is None else sha256_of(_scores_digest(from_run)),
         "fastsel": __version__,
     }
+    if config.values.get("target"):
+        from fastsel.features.targets import open_targets
+
+        targets = open_targets(config.values["target"], subtask_column=config.values.get("subtask_column"))
+        request["target"] = [target.fingerprint for target in targets]
     with RunFolder(output, request, resume=resume, overwrite=overwrite) as folder:
         on_folder(folder.path)
         if folder.state == "finished":

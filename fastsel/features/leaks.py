@@ -187,7 +187,8 @@ def _near(
     loaded = load_encoder(encoder, device=options["device"])
     options["text"] = _Question()
     of_pool = embed_pool(pool, loaded, store=None if store is None else Path(store), **options)
-    points, places = [], []
+    points: list[NDArray[np.float32]] = []
+    places: list[tuple[str, int]] = []
     for target in targets:
         of_target = embed_pool(target.pool, loaded, **options | {"progress": "none"})
         counts = np.isin(of_target.rows, target.rows)
@@ -195,10 +196,11 @@ def _near(
         places += [(target.name, int(row)) for row in of_target.rows[counts]]
     best = topk_similarity(_unit(of_pool.matrix), _unit(np.concatenate(points)), 1)
     cosines, nearest = best.values[:, 0].cpu().numpy(), best.indices[:, 0].cpu().numpy()
-    return {
-        int(of_pool.rows[i]): Leak(int(of_pool.rows[i]), *places[nearest[i]], float(cosines[i]), False)
-        for i in np.flatnonzero(cosines >= similarity)
-    }
+    found = {}
+    for i in np.flatnonzero(cosines >= similarity):
+        (target_name, target_row), row = places[nearest[i]], int(of_pool.rows[i])
+        found[row] = Leak(row, target_name, target_row, float(cosines[i]), False)
+    return found
 
 
 def _unit(vectors: NDArray[np.float32]) -> torch.Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from fastsel.errors import InputError
+from fastsel.errors import InputError, UsageError
 from fastsel.io.examples import OK, Example
 from fastsel.io.row_values import label_of, lookup
 
@@ -94,8 +94,11 @@ def open_targets(target: Any, *, subtask_column: str | None = None) -> list[Targ
             one subtask. A row without a value there is left out.
 
     Raises:
+        UsageError: none is named.
         InputError: a target cannot be read, has no usable row, or no row has the column; two have one name.
     """
+    if target is None:
+        raise UsageError("which target? --target (target=) names a file of rows that the model should learn to do")
     targets = [_open(name, source, subtask_column) for name, source in _named(target)]
     names = [one.name for one in targets]
     for name in names:
@@ -123,7 +126,8 @@ def _open(name: str | None, source: Any, column: str | None) -> Target:
     left_out = dict(pool.reasons.items())
     rows = np.flatnonzero(pool.status == OK)
     if column is None:
-        subtasks, subtask = (name,), np.zeros(len(rows), np.int64)
+        subtasks: tuple[str, ...] = (name,)
+        subtask = np.zeros(len(rows), np.int64)
     else:
         labels = [label_of(lookup(row, column)) if isinstance(row, Mapping) else None for row in pool.rows(rows)]
         if not any(labels):

@@ -1,7 +1,8 @@
 """Hidden states of a causal language model, after its final norm, as vectors of whole texts.
 
 Sequences go through models.packed: nothing is padded, common beginnings are computed once. The mean is over all tokens,
-special ones included (DiverseEvol); "last" is the state of the last token (NovelSum, DEITA). Neither is normalised.
+special ones included (DiverseEvol); "weighted" weighs the t-th of them by t (SGPT, RDS+); "last" is the state of the
+last token (NovelSum, DEITA). None is normalised.
 """
 
 from collections.abc import Sequence
@@ -26,9 +27,11 @@ class CausalEncoder(Reloaded):
     def __init__(
         self, loaded: LoadedModel, *, pooling: str = "auto", max_length: int | None = None, implementation: str = "auto"
     ) -> None:
-        """Args: the model, "mean" ("auto" too) or "last", the window in tokens (None takes 512), of the kernels."""
-        if pooling not in ("auto", "mean", "last"):
-            raise UsageError(f"pooling={pooling!r} does not apply to a language model: mean or last")
+        """Args: the model, "mean" ("auto" too), "weighted" or "last", the window in tokens (None takes 512), of the
+        kernels.
+        """
+        if pooling not in ("auto", "mean", "weighted", "last"):
+            raise UsageError(f"pooling={pooling!r} does not apply to a language model: mean, weighted or last")
         self.name, self.revision, self.fingerprint = loaded.name, loaded.revision, loaded.fingerprint
         self.device, self.dtype = str(loaded.device), str(loaded.dtype).removeprefix("torch.")
         options = {"pooling": pooling, "max_length": max_length, "implementation": implementation}
@@ -76,4 +79,14 @@ class CausalEncoder(Reloaded):
             return self._forward.hidden_states(batch, rows).float().cpu().numpy()
         rows = torch.cat([batch.rows(i, 0, length) for i, length in enumerate(lengths)])
         states_td = self._forward.hidden_states(batch, rows).float()
-        return torch.stack([states.mean(0) for states in torch.split(states_td, lengths)]).cpu().numpy()
+        pool = _by_position if self.pooling == "weighted" else _mean
+        return torch.stack([pool(states) for states in torch.split(states_td, lengths)]).cpu().numpy()
+
+
+def _mean(states_td: torch.Tensor) -> torch.Tensor:
+    return states_td.mean(0)
+
+
+def _by_position(states_td: torch.Tensor) -> torch.Tensor:
+    weights = torch.arange(1, len(states_td) + 1, dtype=torch.float32, device=states_td.device)
+    return (weights / weights.sum()) @ states_td

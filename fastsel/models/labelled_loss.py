@@ -53,11 +53,11 @@ def labelled_loss(model: Any, device: torch.device, batch: Sequence[WeightedSequ
     else:
         logits = model(**inputs).logits[:, columns.to(device)]
     kept = weights_bt[:, columns]
-    row, place = torch.nonzero(kept, as_tuple=True)
-    predicted = logits[row.to(device), place.to(device)].float()
-    targets = ids_bt[row, columns[place] + 1].to(device)
+    rows, places = torch.nonzero(kept, as_tuple=True)
+    predicted = logits[rows.to(device), places.to(device)].float()
+    targets = ids_bt[rows, columns[places] + 1].to(device)
     losses = torch.nn.functional.cross_entropy(predicted, targets, reduction="none")
-    return torch.dot(losses, kept[row, place].to(device))
+    return torch.dot(losses, kept[rows, places].to(device))
 
 
 def _inner(model: Any) -> Any:

@@ -252,6 +252,8 @@ def load_sentence_encoder(
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"dtype={dtype!r} does not apply to the encoder {name}: {', '.join(['auto', *DTYPES])}")
+    if pooling == "weighted":
+        raise UsageError(f"pooling='weighted' is for language models; {name} is none")
     kinds, own_pooling, own_length, body_folder = _read_modules(folder)
     target = resolve_device(device)
     torch_dtype = DTYPES.get(dtype, torch.float32 if target.type == "cpu" else "auto")

@@ -189,7 +189,7 @@ def test_the_end_of_a_training_example_is_its_end_token(pair):
     assert encoder.sequence([*tokens, 5, 6], ended=True) == ([1, *tokens, 5], True)
     with pytest.raises(UsageError, match="max_length=33 must be from 4 to 32"):
         load_encoder(pair, max_length=33)
-    with pytest.raises(UsageError, match="mean or last"):
+    with pytest.raises(UsageError, match="mean, weighted or last"):
         load_encoder(pair, pooling="cls")
 
 
