@@ -14,19 +14,22 @@ backward ends at the lowest LoRA layer.
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from fastsel.errors import FastselWarning, InputError
 from fastsel.models.loading import LoadedModel
-from fastsel.models.lora_modules import LoraLayers, LoraModule
+from fastsel.models.lora_batch import Capture, Consumer, LabelledBatch, LabelledSequence, ModuleTokens, lay_out
+from fastsel.models.lora_modules import LoraLayers
 from fastsel.models.loss_gradient import loss_and_gradient
 from fastsel.models.packed import CannotPackError, PackedForward, attention_switched
 from fastsel.models.segment_attention import ATTENTION_NAME, packed_lengths, segment_attention
+
+__all__ = ["Consumer", "LabelledSequence", "LoraForward", "ModuleTokens"]
 
 # What a forward may keep for its backward; batches that would keep more compute their layers twice instead.
 ACTIVATION_BYTES = 1 << 30
@@ -34,17 +37,6 @@ ACTIVATION_BYTES = 1 << 30
 PROBE_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 # Below what float16 can tell from 0 lie many of the gradients of a mean; the factor is taken out again exactly.
 LOSS_SCALE = {torch.float16: 2.0**10}
-
-
-class LabelledSequence(NamedTuple):
-    """Tokens, and the positions of those that count in the loss (from 1 on, increasing)."""
-
-    ids: Sequence[int]
-    labelled: Sequence[int]
-
-
-# module, x [t, d_in], delta [t, d_out], scale, offsets int64 [n + 1]: example i has the rows offsets[i]:offsets[i + 1].
-Consumer = Callable[[LoraModule, torch.Tensor, torch.Tensor, float, torch.Tensor], None]
 
 
 class LoraForward:
@@ -108,9 +100,8 @@ class LoraForward:
         Args:
             examples: the sequences of each example; its loss is the mean over the labelled tokens of all of them. At
                 least one token of each is labelled.
-            consumer: called with (module, x, delta, scale, offsets) during the backward, so from the highest layer
-                down; x [t, d_in] and delta [t, d_out] have the type of A and must not be changed. On the path "one by
-                one" it is called for each example alone, with offsets that leave the others empty.
+            consumer: called with the ModuleTokens of all examples, during the backward, so from the highest layer down;
+                on the path "one by one", and for sequences that cannot be packed, for each example alone.
             checkpointing: keep only each layer's input and compute the layer again in the backward; None does so where
                 more than ACTIVATION_BYTES would be kept.
 
@@ -127,10 +118,10 @@ class LoraForward:
         losses = torch.zeros(len(examples), dtype=torch.float64)
         longest = max((len(s.ids) for example in examples for s in example), default=0)
         if self.path == "packed" and longest <= self._most_packed:
-            self._run(examples, range(len(examples)), losses, consumer, checkpointing, packed=True)
+            self._run(examples, slice(0, len(examples)), losses, consumer, checkpointing, packed=True)
         else:
             for i in range(len(examples)):
-                self._run(examples, [i], losses, consumer, checkpointing, packed=False)
+                self._run(examples, slice(i, i + 1), losses, consumer, checkpointing, packed=False)
         return losses
 
     def _check(self, number: int, example: Sequence[LabelledSequence]) -> None:
@@ -148,21 +139,19 @@ class LoraForward:
     def _run(
         self,
         examples: Sequence[Sequence[LabelledSequence]],
-        members: Sequence[int],
+        members: slice,
         losses: torch.Tensor,
         consumer: Consumer,
         checkpointing: bool | None,
         *,
         packed: bool,
     ) -> None:
-        batch = _lay_out([examples[i] for i in members], self.loaded.device, self._scale)
+        batch = lay_out(examples[members], self.loaded.device, self._scale)
         n_tokens = int(batch.offsets[-1])
         if checkpointing is None:
             checkpointing = n_tokens * self.bytes_per_token > ACTIVATION_BYTES
-        counts = torch.zeros(len(examples), dtype=torch.int64)
-        counts[list(members)] = batch.offsets.diff()
-        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-        capture = _Capture(self.modules, consumer, offsets, self._scale, batch.lengths if not packed else [n_tokens])
+        row_counts = [n_tokens] if packed else batch.lengths
+        capture = Capture(self.modules, consumer, batch.offsets, members, self._scale, row_counts)
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(_frozen(self.loaded.model))
@@ -175,7 +164,7 @@ class LoraForward:
                 hidden = [self._body(batch.token_ids, batch.position_ids)]
             else:
                 hidden = [self._body(ids) for ids in torch.split(batch.token_ids, batch.lengths)]
-            self._backward(hidden, batch, losses, members, capture)
+            self._backward(hidden, batch, losses[members], capture)
         capture.finish()
 
     def _body(self, token_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -187,16 +176,14 @@ class LoraForward:
     def _backward(
         self,
         hidden: list[torch.Tensor],
-        batch: "_Batch",
+        batch: LabelledBatch,
         losses: torch.Tensor,
-        members: Sequence[int],
-        capture: "_Capture",
+        capture: Capture,
     ) -> None:
         together = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
         predicting = together[batch.rows]
         nll, gradient = loss_and_gradient(predicting.detach(), self.head, batch.targets, batch.weights)
-        of_example = torch.tensor(list(members))[batch.example_of_label]
-        losses.index_add_(0, of_example, nll * batch.weights.cpu().double() / self._scale)
+        losses.index_add_(0, batch.example_of_label, nll * batch.weights.cpu().double() / self._scale)
         capture.forward_is_over = True
         torch.autograd.backward(predicting, gradient)
 
@@ -278,15 +265,14 @@ def _probe_examples(vocabulary: int) -> list[list[LabelledSequence]]:
     return [[LabelledSequence(part, range(first, len(part)))] for part, first in parts]
 
 
-def _dense(
-    found: torch.Tensor, module: LoraModule, x: torch.Tensor, delta: torch.Tensor, scale: float, offsets: torch.Tensor
-) -> None:
-    bounds = offsets.tolist()
-    for i, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        x_t, delta_t = x[start:stop].double(), delta[start:stop].double()
-        grad_a = scale * (delta_t @ module.lora_b.double()).T @ x_t
-        grad_b = scale * delta_t.T @ (x_t @ module.lora_a.double().T)
-        found[i, module.first : module.first + module.size] += torch.cat([grad_a.reshape(-1), grad_b.reshape(-1)]).cpu()
+def _dense(found: torch.Tensor, part: ModuleTokens) -> None:
+    module = part.module
+    lora_a, lora_b, x, delta = (tensor.double() for tensor in (module.lora_a, module.lora_b, part.x, part.delta))
+    bounds = part.offsets.tolist()
+    for row, start, stop in zip(found[part.examples], bounds, bounds[1:], strict=False):
+        grad_a = part.scale * (delta[start:stop] @ lora_b).T @ x[start:stop]
+        grad_b = part.scale * delta[start:stop].T @ (x[start:stop] @ lora_a.T)
+        row[module.first : module.first + module.size] = torch.cat([grad_a.reshape(-1), grad_b.reshape(-1)])
 
 
 def _count(kept: dict[int, int], tensor: torch.Tensor) -> torch.Tensor:
@@ -310,121 +296,3 @@ def _frozen(model: Any) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-@dataclass
-class _Batch:
-    """Examples in one packed row; the last labelled token of a sequence, and what follows it, predicts nothing."""
-
-    token_ids: torch.Tensor  # [t]
-    position_ids: torch.Tensor  # [t]
-    lengths: list[int]  # of each sequence
-    offsets: torch.Tensor  # [n + 1], CPU
-    rows: torch.Tensor  # [l], packed rows that predict a labelled token
-    targets: torch.Tensor  # [l]
-    weights: torch.Tensor  # [l], 1 / number of labelled tokens of the example
-    example_of_label: torch.Tensor  # [l], CPU
-
-
-def _lay_out(examples: Sequence[Sequence[LabelledSequence]], device: torch.device, loss_scale: float) -> _Batch:
-    ids: list[int] = []
-    positions: list[int] = []
-    lengths: list[int] = []
-    offsets, rows, targets, weights, owners = [0], [], [], [], []
-    for number, example in enumerate(examples):
-        n_labelled = sum(len(sequence.labelled) for sequence in example)
-        for sequence in example:
-            if not len(sequence.labelled):
-                continue
-            start, stop = len(ids), max(sequence.labelled)
-            ids += sequence.ids[:stop]
-            positions += range(stop)
-            lengths.append(stop)
-            rows += [start + position - 1 for position in sequence.labelled]
-            targets += [sequence.ids[position] for position in sequence.labelled]
-            weights += [loss_scale / n_labelled] * len(sequence.labelled)
-            owners += [number] * len(sequence.labelled)
-        offsets.append(len(ids))
-    where: dict[str, Any] = {"dtype": torch.int64, "device": device}
-    return _Batch(
-        torch.tensor(ids, **where),
-        torch.tensor(positions, **where),
-        lengths,
-        torch.tensor(offsets, dtype=torch.int64),
-        torch.tensor(rows, **where),
-        torch.tensor(targets, **where),
-        torch.tensor(weights, dtype=torch.float64, device=device),
-        torch.tensor(owners, dtype=torch.int64),
-    )
-
-
-class _Capture:
-    """Hands a module's x and delta on as soon as all of its uses in this batch have reported."""
-
-    def __init__(
-        self,
-        modules: Sequence[LoraModule],
-        consumer: Consumer,
-        offsets: torch.Tensor,
-        loss_scale: float,
-        row_counts: list[int],
-    ) -> None:
-        self._modules, self._consumer, self._offsets = modules, consumer, offsets
-        self._loss_scale, self._row_counts = loss_scale, row_counts
-        self._uses = [0] * len(modules)
-        self._reported: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in modules]
-        self._done = [False] * len(modules)
-        self.forward_is_over = False
-
-    def on_forward(self, module: LoraModule) -> None:
-        """A layer runs; what a checkpoint computes again in the backward is not another use."""
-        if not self.forward_is_over:
-            self._uses[module.number] += 1
-
-    def hand_over(self, module: LoraModule, x: torch.Tensor, delta: torch.Tensor) -> None:
-        """One use of a module reports."""
-        if len(x) not in self._row_counts:
-            raise CannotPackError(f"its layer {module.name} runs over other tokens than the sequence has")
-        reported = self._reported[module.number]
-        reported.append((x, delta))
-        if len(reported) == self._uses[module.number]:
-            self._give(module)
-
-    def finish(self) -> None:
-        """Modules that took no part have gradient 0, and the consumer is told that too."""
-        for module in self._modules:
-            if not self._done[module.number]:
-                self._give(module)
-
-    def _give(self, module: LoraModule) -> None:
-        self._done[module.number] = True
-        pieces = self._reported[module.number]
-        self._reported[module.number] = []
-        scale = module.scale / self._loss_scale
-        if len(pieces) == 1:
-            x, delta, offsets = *pieces[0], self._offsets
-        elif not pieces:
-            x, delta = (
-                module.lora_a.new_zeros(0, module.lora_a.shape[1]),
-                module.lora_b.new_zeros(0, module.lora_b.shape[0]),
-            )
-            offsets = torch.zeros_like(self._offsets)
-        else:
-            x, delta, offsets = self._joined(pieces)
-        self._consumer(module, x, delta, scale, offsets)
-
-    def _joined(
-        self, pieces: list[tuple[torch.Tensor, torch.Tensor]]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Several uses, each over all rows (layers that share matrices) or over one sequence (of a single example)."""
-        x, delta = torch.cat([x for x, _ in pieces]), torch.cat([d for _, d in pieces])
-        n_rows = int(self._offsets[-1])
-        counts = self._offsets.diff()
-        if int((counts > 0).sum()) == 1:  # one example: any order will do
-            return x, delta, self._offsets.sign() * len(x)
-        uses = len(pieces)
-        owner = torch.arange(len(counts)).repeat_interleave(counts).repeat(uses)
-        order = torch.argsort(owner, stable=True).to(x.device)
-        if len(owner) != uses * n_rows or len(owner) != len(x):
-            raise CannotPackError("layers that share LoRA matrices run over different tokens")
-        return x[order], delta[order], self._offsets * uses

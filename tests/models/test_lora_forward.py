@@ -392,4 +392,4 @@ def test_refuses_examples_without_labels_and_too_long_ones():
     ]
     for example, message in refused:
         with pytest.raises(ValueError, match=message):
-            forward.run([example], lambda *_: None)
+            forward.run([example], lambda _: None)
