@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastsel.selectors.bandit import bandit
     from fastsel.selectors.facility_location import facility_location
     from fastsel.selectors.graph_walk import graph_walk
     from fastsel.selectors.k_center import k_center
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fastsel.selectors.vendi_sample import vendi_sample
 
 _HOMES = {
+    "bandit": "fastsel.selectors.bandit",
     "facility_location": "fastsel.selectors.facility_location",
     "graph_walk": "fastsel.selectors.graph_walk",
     "k_center": "fastsel.selectors.k_center",
@@ -35,6 +37,7 @@ _HOMES = {
     "vendi_sample": "fastsel.selectors.vendi_sample",
 }
 __all__ = [
+    "bandit",
     "facility_location",
     "graph_walk",
     "k_center",
