@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastsel.selectors.bandit import bandit
+    from fastsel.selectors.data_influence import data_influence
     from fastsel.selectors.facility_location import facility_location
     from fastsel.selectors.graph_walk import graph_walk
     from fastsel.selectors.k_center import k_center
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "bandit": "fastsel.selectors.bandit",
+    "data_influence": "fastsel.selectors.data_influence",
     "facility_location": "fastsel.selectors.facility_location",
     "graph_walk": "fastsel.selectors.graph_walk",
     "k_center": "fastsel.selectors.k_center",
@@ -38,6 +40,7 @@ _HOMES = {
 }
 __all__ = [
     "bandit",
+    "data_influence",
     "facility_location",
     "graph_walk",
     "k_center",

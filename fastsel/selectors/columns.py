@@ -3,11 +3,10 @@
 import numpy as np
 import torch
 
-from fastsel.selectors.rows import Rows
+from fastsel.selectors.rows import BLOCK_VALUES, Rows
 
 COLUMNS = (2, 32)  # fewest and most columns fetched in one pass over the matrix
 COLUMN_VALUES = 2**25  # similarities kept: 128 MB
-BLOCK_VALUES = 2**22  # entries converted at a time: 16 MB
 # Lengths between which float32 products of rows as they are neither overflow nor lose bits to tiny numbers.
 SAFE_LENGTHS = (2.0**-40, 2.0**40)
 UNIT = 2.0**-24  # of float32 rounding

@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastsel.errors import UsageError
-from fastsel.selectors.rows import BLOCK_ROWS, Rows
+from fastsel.selectors.rows import BLOCK_ROWS, BLOCK_VALUES, Rows
 
 SIGNS = ("target", "sklearn")
 # An inner product of unit vectors below this says nothing about a sign.
@@ -36,7 +36,8 @@ def principal_components(
         raise UsageError(f"variance must be a share above 0 and below 1, got {variance}")
     if sign not in SIGNS:
         raise UsageError(f"sign must be one of {', '.join(SIGNS)}, got {sign!r}")
-    parts = [slice(start, min(x.n, start + BLOCK_ROWS)) for start in range(0, x.n, BLOCK_ROWS)]
+    size = min(BLOCK_ROWS, max(1, BLOCK_VALUES // x.d))
+    parts = [slice(start, min(x.n, start + size)) for start in range(0, x.n, size)]
     mean = torch.zeros(x.d, dtype=torch.float64, device=x.device)
     for part in parts:
         mean += x.exact(part).sum(0) / x.n

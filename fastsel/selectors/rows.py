@@ -15,6 +15,8 @@ from fastsel.errors import UsageError
 
 # Rows converted at a time: a block of 8,192 x 384 float64 is 25 MB.
 BLOCK_ROWS = 8192
+# Entries checked at a time: 32 MB in float64, also where rows are as wide as gradients are.
+BLOCK_VALUES = 2**22
 _READ_AS_THEY_ARE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -50,8 +52,9 @@ class Rows:
         self.device, self.unit = matrix.device, unit
         self._whole: torch.Tensor | None = None
         self.lengths: NDArray[np.float64] = np.zeros(self.n)
-        for start in range(0, self.n, BLOCK_ROWS):
-            length = torch.linalg.vector_norm(self.given[start : start + BLOCK_ROWS].double(), dim=1).cpu().numpy()
+        size = min(BLOCK_ROWS, max(1, BLOCK_VALUES // self.d))
+        for start in range(0, self.n, size):
+            length = torch.linalg.vector_norm(self.given[start : start + size].double(), dim=1).cpu().numpy()
             if not np.isfinite(length).all():
                 self._refuse(name, start, start + len(length))
             self.lengths[start : start + len(length)] = length
