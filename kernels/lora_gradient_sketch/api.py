@@ -8,6 +8,7 @@ from fastsel.kernels.lora_gradient_sketch.options import AdamStep, GradientSketc
 
 IMPLEMENTATIONS = {  # tried in this order
     "triton": "fastsel.kernels.lora_gradient_sketch.gpu_triton",
+    "native": "fastsel.kernels.lora_gradient_sketch.cpu_native",
     "torch": "fastsel.kernels.lora_gradient_sketch.torch_blocked",
     "reference": "fastsel.kernels.lora_gradient_sketch.reference",
 }

@@ -54,7 +54,6 @@ _LIST = [
     Case("odd", (70, 1, 300, 13, 29), 203, 131, 9, "a multiple of nothing, a segment of two blocks", s=17, k=1001),
     Case("whole_tiles", (32,) * 8, 256, 256, 16, "a multiple of every tile: no tail code runs", s=16, k=1024),
     Case("sparse", (40, 60), 96, 64, 8, "three nonzeros a coordinate", k=100, sparsity=3),
-    Case("rademacher", (40, 60), 96, 64, 8, "a dense projection", k=70, kind="rademacher"),
     Case("many_short", (1, 2) * 70, 64, 48, 8, "more examples than one block, one or two tokens each", s=3, k=64),
     Case("q_proj", PACK, 576, 576, 8, "SmolLM2-135M, 16 targets", s=16),
     Case("k_proj", PACK, 576, 192, 8, "SmolLM2-135M, SJLT", k=8192),
