@@ -83,7 +83,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed
     if options is not None:
         state = normal(p).to(device) / 10, (0.01 + normal(p).square() / 25).to(device)
         adam = AdamStep(*state, **options)
-    targets = normal(case.s, p).to(device, dtype) if case.s else None
+    targets = (normal(case.s, p) / p**0.5).to(device, dtype) if case.s else None
     sketch = SketchSpec(case.k, seed=7, first=1000, sparsity=case.sparsity, kind=case.kind) if case.k else None
     tensors = tuple(tensor.to(device, dtype) for tensor in (x, delta, lora_a, lora_b))
     return *tensors, offsets, 2.0, adam, case.step == "sign", targets, sketch, None
