@@ -38,20 +38,16 @@ def labelled_loss(model: Any, device: torch.device, batch: Sequence[WeightedSequ
     """
     longest = max(len(sequence.ids) for sequence in batch)
     ids_bt = torch.zeros(len(batch), longest, dtype=torch.int64)
-    mask_bt = torch.zeros(len(batch), longest, dtype=torch.int64)
     weights_bt = torch.zeros(len(batch), longest)  # of the token that a column predicts
     for row, sequence in enumerate(batch):
         ids_bt[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
-        mask_bt[row, : len(sequence.ids)] = 1
         weights_bt[row, torch.tensor(sequence.labelled) - 1] = sequence.weight
-    inputs = {"input_ids": ids_bt.to(device)}
-    if int(mask_bt.min()) == 0:
-        inputs["attention_mask"] = mask_bt.to(device)
     columns = torch.nonzero(weights_bt.any(0))[:, 0]
+    # Without a mask: a causal model does not look at padding that comes after its tokens.
     if "logits_to_keep" in inspect.signature(_inner(model).forward).parameters:
-        logits = model(**inputs, logits_to_keep=columns.to(device)).logits
+        logits = model(input_ids=ids_bt.to(device), logits_to_keep=columns.to(device)).logits
     else:
-        logits = model(**inputs).logits[:, columns.to(device)]
+        logits = model(input_ids=ids_bt.to(device)).logits[:, columns.to(device)]
     kept = weights_bt[:, columns]
     rows, places = torch.nonzero(kept, as_tuple=True)
     predicted = logits[rows.to(device), places.to(device)].float()

@@ -77,6 +77,7 @@ def test_edges():
     assert round_robin(x, 0, targets=x)[0].tolist() == []
     assert round_robin(x, 5, targets=x[:1], initial=[0, 1, 2])[0].tolist() == []
     assert round_robin(np.zeros((4, 3)), 9, targets=x)[0].tolist() == [0, 1, 2, 3]  # all tie: the lowest first
+    assert round_robin(np.zeros((100, 3)), 50, targets=x, groups=[0, 1, 1])[0].tolist() == list(range(50))
     assert target_similarity(np.zeros((0, 3)), x).shape == (0,)
     assert target_similarity(np.zeros((2, 3)), x).tolist() == [0, 0]
 
