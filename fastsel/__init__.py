@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests/test_public_api.p
     from fastsel.methods.k_center import k_center
     from fastsel.methods.kmeans import kmeans
     from fastsel.methods.length import length
+    from fastsel.methods.less import less
     from fastsel.methods.mig import mig
     from fastsel.methods.novelselect import novelselect
     from fastsel.methods.perplexity import perplexity
@@ -50,6 +51,7 @@ _HOMES = {
     "ifd": "fastsel.methods.ifd",
     "k_center": "fastsel.methods.k_center",
     "kmeans": "fastsel.methods.kmeans",
+    "less": "fastsel.methods.less",
     "length": "fastsel.methods.length",
     "load_model": "fastsel.models.loading",
     "mig": "fastsel.methods.mig",
@@ -81,6 +83,7 @@ __all__ = [
     "k_center",
     "kernels",
     "kmeans",
+    "less",
     "length",
     "load_model",
     "metrics",

@@ -47,7 +47,7 @@ def warmup(
     learning_rate: float = 2e-5,
     warmup_ratio: float = 0.03,
     rows_a_step: int = 32,
-    template: str = "tulu",
+    template: Any = "less",
     max_length: int | None = None,
     official: bool = False,
     device: str = "auto",

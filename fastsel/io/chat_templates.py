@@ -3,6 +3,7 @@
 The strings of special tokens that a row's own text contains are guarded, so that only the template's become tokens.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -52,6 +53,36 @@ class TuluTemplate(MarkedTemplate):
             else:
                 text += f"<|{message.role}|>\n{content}\n"
         return turns
+
+
+class LessTemplate(TuluTemplate):
+    """Tulu's lines as LESS trains on them: its start token comes first, and the newline after an answer is learnt.
+
+    Target rows (`less_target`) end in their answer: no end of text.
+    """
+
+    def __init__(self, tokenizer: Any, *, is_target: bool = False) -> None:
+        """Args: is_target: of target rows."""
+        super().__init__(tokenizer)
+        self.id = "less_target" if is_target else "less"
+        self._start = _text_in_front(tokenizer)
+        self._end = "" if is_target else self.eos + "\n"
+        self.sha256 = hashlib.sha256(f"{self.id} {self.sha256} {self._start!r}".encode()).hexdigest()
+
+    def turns(self, example: Example) -> list[Turn]:
+        """See Template.turns."""
+        turns = []
+        for turn in super().turns(example):
+            answer = turn.answer[: len(turn.answer) - len(self.eos)] + self._end
+            turns.append(Turn(self._start + turn.prompt if turn.prompt else "", turn.header, answer))
+        return turns
+
+
+def _text_in_front(tokenizer: Any) -> str:
+    """What the tokenizer puts before a text, as a string: Llama's <s>, nothing for GPT-2."""
+    bare, full = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
+    count = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+    return "".join(tokenizer.convert_ids_to_tokens(full[:count]))
 
 
 class ChatTemplate(MarkedTemplate):

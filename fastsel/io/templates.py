@@ -129,10 +129,11 @@ def load_template(name: str | Path | Template, tokenizer: Any = None) -> Templat
     """The template of this name.
 
     Args:
-        name: "alpaca", "none" (Superfiltering: the instruction and a newline), "wiz", "vicuna", "tulu", "tokenizer"
-            (the tokenizer's chat template), "auto" (the tokenizer's, or alpaca where it has none), a `.jinja` file
-            with a chat template, or a `.yaml` or `.json` file with `prompt`, and optionally `prompt_with_input` and
-            `header`, texts that hold `{instruction}` and `{input}`.
+        name: "alpaca", "none" (Superfiltering: the instruction and a newline), "wiz", "vicuna", "tulu", "less" and
+            "less_target" (Tulu's as LESS trains on it, and as it asks), "tokenizer" (the tokenizer's chat template),
+            "auto" (the tokenizer's, or alpaca where it has none), a `.jinja` file with a chat template, or a `.yaml`
+            or `.json` file with `prompt`, and optionally `prompt_with_input` and `header`, texts that hold
+            `{instruction}` and `{input}`.
         tokenizer: needed by tulu, tokenizer, auto and `.jinja` files.
 
     Raises:
@@ -144,13 +145,15 @@ def load_template(name: str | Path | Template, tokenizer: Any = None) -> Templat
     key = str(name)
     if key in SINGLE_TURN:
         return SINGLE_TURN[key]
-    if key in ("tulu", "tokenizer", "auto") or key.endswith(".jinja"):
+    if key in ("tulu", "less", "less_target", "tokenizer", "auto") or key.endswith(".jinja"):
         if tokenizer is None:
             raise UsageError(f"the template {key!r} needs a model's tokenizer")
-        from fastsel.io.chat_templates import ChatTemplate, TuluTemplate, training_template
+        from fastsel.io.chat_templates import ChatTemplate, LessTemplate, TuluTemplate, training_template
 
         if key == "tulu":
             return TuluTemplate(tokenizer)
+        if key in ("less", "less_target"):
+            return LessTemplate(tokenizer, is_target=key == "less_target")
         if key.endswith(".jinja"):
             return ChatTemplate(Path(key).name, _read(Path(key)), tokenizer)
         source = training_template(tokenizer)
@@ -162,8 +165,8 @@ def load_template(name: str | Path | Template, tokenizer: Any = None) -> Templat
     if key.endswith((".yaml", ".yml", ".json")):
         return _from_file(Path(key))
     raise UsageError(
-        f"template={key!r} is not known; it is one of: {', '.join(SINGLE_TURN)}, tulu, tokenizer, auto, "
-        "or a .jinja, .yaml or .json file"
+        f"template={key!r} is not known; it is one of: {', '.join(SINGLE_TURN)}, tulu, less, less_target, tokenizer, "
+        "auto, or a .jinja, .yaml or .json file"
     )
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastsel.selectors.mig import mig
     from fastsel.selectors.novelselect import novelselect
     from fastsel.selectors.repr_filter import repr_filter
+    from fastsel.selectors.score_turns import score_turns
     from fastsel.selectors.top_k import top_k
     from fastsel.selectors.vendi_sample import vendi_sample
 
@@ -35,6 +36,7 @@ _HOMES = {
     "mig": "fastsel.selectors.mig",
     "repr_filter": "fastsel.selectors.repr_filter",
     "novelselect": "fastsel.selectors.novelselect",
+    "score_turns": "fastsel.selectors.score_turns",
     "top_k": "fastsel.selectors.top_k",
     "vendi_sample": "fastsel.selectors.vendi_sample",
 }
@@ -49,6 +51,7 @@ __all__ = [
     "mig",
     "repr_filter",
     "novelselect",
+    "score_turns",
     "top_k",
     "vendi_sample",
 ]

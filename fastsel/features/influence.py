@@ -1,0 +1,277 @@
+"""How much a training step on a row would help target rows: cosines between gradient features (LESS, section 3).
+
+A target is one direction a subtask, so that the pool's gradients are multiplied with few vectors, or projected once.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastsel.errors import UsageError
+from fastsel.features.answer_tokens import NOT_FINITE, REASONS
+from fastsel.features.gradient_rows import AdamMoments, BatchFeatures, GradientRule, batches
+from fastsel.features.gradients import LoraGradients, lora_gradients, moments_of
+from fastsel.features.targets import Target
+from fastsel.features.training_rows import TrainingTokenizer
+from fastsel.io.templates import Template
+from fastsel.kernels.lora_gradient_sketch import SketchSpec
+from fastsel.models.checkpoints import Checkpoint, open_checkpoints
+from fastsel.models.loading import LoadedModel
+from fastsel.models.lora_forward import LabelledSequence, LoraForward
+
+if TYPE_CHECKING:
+    from fastsel.io import Pool
+
+AGGREGATIONS = ("official", "paper")
+MODES = ("direct", "sketch")
+LEAST_NORM = 1e-12  # torch's, for a row whose feature is 0
+DENSE_BYTES = 256 << 20  # of whole gradients of target rows, at a time
+
+
+@dataclass(frozen=True)
+class RunState:
+    """One checkpoint of a run, in use.
+
+    Attributes:
+        loaded: the model with its adapter.
+        forward: its gradients.
+        moments: Adam's.
+    """
+
+    loaded: LoadedModel
+    forward: LoraForward
+    moments: AdamMoments
+
+
+def checkpoints_for(checkpoints: Any, *, store: Any, warm_up: Callable[..., list[Checkpoint]]) -> list[Checkpoint]:
+    """The checkpoints given, or those of a warm-up.
+
+    Args:
+        checkpoints: folders (see open_checkpoints), a list of Checkpoints, or None.
+        store: the run's folder: a warm-up goes to store/warmup, where an interrupted one goes on; None makes a folder
+            that goes with the process.
+        warm_up: trains into the folder `output`.
+    """
+    if checkpoints is None:
+        if store is not None:
+            return warm_up(output=Path(store) / "warmup")
+        folder = tempfile.TemporaryDirectory(prefix="fastsel-warmup-")
+        found = warm_up(output=Path(folder.name) / "run")
+        _KEPT.append(folder)
+        return found
+    if isinstance(checkpoints, Sequence) and checkpoints and all(isinstance(c, Checkpoint) for c in checkpoints):
+        return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
+    return open_checkpoints(checkpoints)
+
+
+_KEPT: list[Any] = []  # folders of warm-ups that nobody gave a place
+
+
+def weights_of(checkpoints: Sequence[Checkpoint]) -> tuple[list[float], str | None]:
+    """(weights that add up to 1, a line for the user where they are not learning rates)."""
+    rates = [checkpoint.learning_rate for checkpoint in checkpoints]
+    known = [rate for rate in rates if rate is not None]
+    if len(known) < len(rates) or sum(known) <= 0:
+        note = "the run logged no learning rates: its checkpoints count alike" if len(rates) > 1 else None
+        return [1 / len(rates)] * len(rates), note
+    return [rate / sum(known) for rate in known], None
+
+
+@contextmanager
+def running(checkpoint: Checkpoint, base: LoadedModel) -> Iterator[RunState]:
+    """Inside, the base has the checkpoint's adapter."""
+    loaded = checkpoint.load((base.model, base.tokenizer))
+    try:
+        forward = LoraForward(loaded)
+        names = [name for module in forward.modules for name in module.parameter_names]
+        moments = moments_of(checkpoint.adam_state(names), forward.modules)
+        yield RunState(loaded, forward, moments)
+    finally:
+        loaded.model.unload()
+        if hasattr(base.model, "peft_config"):
+            del base.model.peft_config
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What rows are compared with.
+
+    Attributes:
+        vectors: [s, p], or [s, k] of projections; one a subtask.
+        subtasks: names, one target after another.
+        target_of: int64 [s], number of each one's target.
+        targets: less the rows without a gradient.
+    """
+
+    vectors: torch.Tensor
+    subtasks: list[str]
+    target_of: NDArray[np.int64]
+    targets: list[Target]
+
+
+def target_directions(
+    targets: Sequence[Target],
+    state: RunState,
+    *,
+    template: Template,
+    max_length: int,
+    aggregation: str = "official",
+    sketch: SketchSpec | None = None,
+    batch_tokens: int = 1024,
+    implementation: str = "auto",
+) -> Directions:
+    """The direction of each subtask, from plain gradients of its rows.
+
+        official: mean over its rows of v / |v| (not normalised again);   paper: (mean of v) / |mean of v|
+
+    Raises:
+        UsageError: another aggregation.
+        InputError: a target has no row with a gradient.
+    """
+    if aggregation not in AGGREGATIONS:
+        raise UsageError(f"aggregation={aggregation!r} is not known; it is one of: {', '.join(AGGREGATIONS)}")
+    tokenise = TrainingTokenizer(state.loaded.tokenizer, template, max_length=max_length)
+    rule = GradientRule("sgd", sketch=sketch, dense=sketch is None)
+    n_columns = state.forward.n_parameters if sketch is None else sketch.k
+    most_rows = max(1, DENSE_BYTES // (8 * n_columns))
+    vectors, names, target_of, kept = [], [], [], []
+    for number, target in enumerate(targets):
+        rows = [row for row in tokenise(target.examples()) if row.sequences]
+        missing = dict.fromkeys(set(target.rows.tolist()) - {row.row_id for row in rows}, "it has no labelled token")
+        subtask_of = dict(zip(target.rows.tolist(), target.subtask.tolist(), strict=True))
+        sums = torch.zeros(len(target.subtasks), n_columns, dtype=torch.float64, device=state.loaded.device)
+        counts = torch.zeros(len(target.subtasks), dtype=torch.float64, device=state.loaded.device)
+        for whole in batches(rows, batch_tokens):
+            for start in range(0, len(whole), most_rows):
+                batch = whole[start : start + most_rows]
+                features = BatchFeatures(len(batch), state.forward, rule, implementation)
+                state.forward.run([[LabelledSequence(*s) for s in row.sequences] for row in batch], features)
+                found = features.dense if sketch is None else features.sketch
+                assert found is not None
+                for row, vector in zip(batch, found.double(), strict=True):
+                    norm = vector.norm()
+                    if not bool(torch.isfinite(norm)):
+                        missing[row.row_id] = str(REASONS[NOT_FINITE])
+                        continue
+                    subtask = subtask_of[row.row_id]
+                    sums[subtask] += vector / norm.clamp_min(LEAST_NORM) if aggregation == "official" else vector
+                    counts[subtask] += 1
+        target = target.without(missing) if missing else target
+        alive = counts > 0
+        means = sums[alive] / counts[alive, None]
+        if aggregation == "paper":
+            means = torch.nn.functional.normalize(means, dim=1)
+        vectors.append(means)
+        names += target.subtasks
+        target_of += [number] * len(target.subtasks)
+        kept.append(target)
+    own = torch.promote_types(state.forward.modules[0].lora_a.dtype, torch.float32)
+    return Directions(torch.cat(vectors).to(own), names, np.array(target_of, np.int64), kept)
+
+
+@dataclass
+class Influence:
+    """What training on each pool row would do for each subtask, over all checkpoints.
+
+    Attributes:
+        products: float64 [n, s], sum over checkpoints of weight times cosine; NaN where a row has no gradient.
+        gradients: of the last checkpoint: status, reasons, tokens of every row.
+        directions: of the last checkpoint: names of the subtasks, the target of each.
+        notes: lines for the user.
+    """
+
+    products: NDArray[np.float64]
+    gradients: LoraGradients
+    directions: Directions
+    notes: list[str]
+
+    @property
+    def by_target(self) -> NDArray[np.float64]:
+        """Float64 [n, targets]: of each target the best of its subtasks."""
+        of = self.directions.target_of
+        return np.stack([self.products[:, of == t].max(axis=1) for t in range(int(of.max()) + 1)], axis=1)
+
+
+def influence(
+    pool: "Pool",
+    targets: Sequence[Target],
+    run: Sequence[Checkpoint],
+    base: LoadedModel,
+    *,
+    template: Template,
+    target_template: Template | None = None,
+    max_length: int,
+    mode: str = "direct",
+    sketch_size: int = 8192,
+    aggregation: str = "official",
+    seed: int = 0,
+    store: Any = None,
+    implementation: str = "auto",
+    **options: Any,
+) -> Influence:
+    """Compare Adam's step on each pool row with the gradients of the target, at each checkpoint.
+
+        products[i, s] = sum_c w_c <Gamma_c(i) / |Gamma_c(i)|, u_c(s)>;   u_c: see target_directions
+
+    Args:
+        pool, targets: the rows.
+        run: checkpoints; w are their learning rates over the sum of these.
+        base: the model that the run trained.
+        template, target_template, max_length: what is labelled; None takes the pool's template for targets too.
+        mode: "direct" (with whole gradients), or "sketch" (with random projections of both to sketch_size numbers).
+        aggregation: see target_directions.
+        seed: of the projection.
+        store: a folder, with one of its own for each checkpoint; or None.
+        implementation, options: of lora_gradients.
+
+    Raises:
+        UsageError: an option has no such value.
+        InputError: see target_directions and lora_gradients.
+    """
+    if mode not in MODES:
+        raise UsageError(f"mode={mode!r} is not known; it is one of: {', '.join(MODES)}")
+    weights, note = weights_of(run)
+    sketch = SketchSpec(sketch_size, seed=seed) if mode == "sketch" else None
+    total, timings = np.zeros(()), {}
+    for checkpoint, weight in zip(run, weights, strict=True):
+        with running(checkpoint, base) as state:
+            started = time.perf_counter()
+            wanted = target_directions(
+                targets, state, template=target_template or template, max_length=max_length, aggregation=aggregation,
+                sketch=sketch, implementation=implementation,
+            )  # fmt: skip
+            asked = time.perf_counter() - started
+            gradients = lora_gradients(
+                pool, state.loaded, forward=state.forward, template=template, max_length=max_length, step="adam",
+                moments=state.moments, targets=None if sketch else wanted.vectors, sketch=sketch,
+                store=store and Path(store) / f"checkpoint-{checkpoint.step}", implementation=implementation, **options,
+            )  # fmt: skip
+            total = total + weight * _products(gradients, wanted.vectors)
+            for step, seconds in {"targets": asked, **gradients.timings}.items():
+                timings[step] = timings.get(step, 0.0) + seconds
+    lost = gradients.has_gradient & np.isnan(total).any(axis=1)
+    gradients.drop(lost, "the model's loss is not a finite number at another checkpoint")
+    gradients.timings = timings
+    notes = [*(target.note for target in wanted.targets), *([note] if note else []), *gradients.notes]
+    return Influence(total, gradients, wanted, notes)
+
+
+def _products(gradients: LoraGradients, vectors: torch.Tensor) -> NDArray[np.float64]:
+    """[n, s]: unit features with directions."""
+    if gradients.dots is not None:
+        unit: NDArray[np.float64] = gradients.dots / np.maximum(np.sqrt(gradients.sqnorm), LEAST_NORM)[:, None]
+        return unit
+    products = np.full((len(gradients.loss), len(vectors)), np.nan)
+    wanted = vectors.double().cpu().numpy()
+    for rows, block in gradients.sketches():
+        norms = np.linalg.norm(block.astype(np.float64), axis=1, keepdims=True)
+        products[rows] = (block.astype(np.float64) @ wanted.T) / np.maximum(norms, LEAST_NORM)
+    return products[gradients.first_equal]
