@@ -142,7 +142,10 @@ def target_directions(
     rule = GradientRule("sgd", sketch=sketch, dense=sketch is None)
     n_columns = state.forward.n_parameters if sketch is None else sketch.k
     most_rows = max(1, DENSE_BYTES // (8 * n_columns))
-    vectors, names, target_of, kept = [], [], [], []
+    vectors: list[torch.Tensor] = []
+    names: list[str] = []
+    target_of: list[int] = []
+    kept: list[Target] = []
     for number, target in enumerate(targets):
         rows = [row for row in tokenise(target.examples()) if row.sequences]
         missing = dict.fromkeys(set(target.rows.tolist()) - {row.row_id for row in rows}, "it has no labelled token")
@@ -194,6 +197,14 @@ class Influence:
     notes: list[str]
 
     @property
+    def by_subtask(self) -> dict[str, NDArray[np.float64]]:
+        """Name -> float64 [n]; the best of subtasks of one name in several targets."""
+        columns: dict[str, NDArray[np.float64]] = {}
+        for name, column in zip(self.directions.subtasks, self.products.T, strict=True):
+            columns[name] = np.maximum(columns[name], column) if name in columns else column
+        return columns
+
+    @property
     def by_target(self) -> NDArray[np.float64]:
         """Float64 [n, targets]: of each target the best of its subtasks."""
         of = self.directions.target_of
@@ -240,7 +251,8 @@ def influence(
         raise UsageError(f"mode={mode!r} is not known; it is one of: {', '.join(MODES)}")
     weights, note = weights_of(run)
     sketch = SketchSpec(sketch_size, seed=seed) if mode == "sketch" else None
-    total, timings = np.zeros(()), {}
+    total = np.zeros(())
+    timings: dict[str, float] = {}
     for checkpoint, weight in zip(run, weights, strict=True):
         with running(checkpoint, base) as state:
             started = time.perf_counter()

@@ -111,7 +111,7 @@ def less(
     return build_selection(
         pool=pool, method="less", indices=score_turns(scores_nt, eligible, take=take, combine=combine),
         eligible=eligible, scores=scores_nt.max(axis=1), status=gradients.status, reasons=gradients.reasons,
-        n_tokens=gradients.n_tokens, metrics=dict(zip((f"less_{name}" for name in helped.directions.subtasks), helped.products.T, strict=True)),
+        n_tokens=gradients.n_tokens, metrics={f"less_{name}": column for name, column in helped.by_subtask.items()},
         config={"mode": mode, "aggregation": aggregation, "eps_mode": eps_mode, "combine": combine, "per": per,
                 "max_length": max_length, "drop_leaks": drop_leaks, "budget": str(budget)},
         rule=REASON if drop_leaks and found.found else None, notes=[*helped.notes, found.note], budget=budget, per=per,
