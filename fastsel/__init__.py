@@ -14,9 +14,12 @@ if TYPE_CHECKING:  # what type checkers and editors see; tests/test_public_api.p
     from fastsel.features.warmup import warmup
     from fastsel.io import open_pool
     from fastsel.methods.bm25 import bm25
+    from fastsel.methods.cluster_ucb import cluster_ucb
     from fastsel.methods.diverse_evol import diverse_evol
     from fastsel.methods.facility_location import facility_location
+    from fastsel.methods.g2is import g2is
     from fastsel.methods.ifd import ifd
+    from fastsel.methods.in2core import in2core
     from fastsel.methods.k_center import k_center
     from fastsel.methods.kmeans import kmeans
     from fastsel.methods.length import length
@@ -46,9 +49,12 @@ _HOMES = {
     "Selection": "fastsel.selection",
     "UsageError": "fastsel.errors",
     "bm25": "fastsel.methods.bm25",
+    "cluster_ucb": "fastsel.methods.cluster_ucb",
     "diverse_evol": "fastsel.methods.diverse_evol",
     "facility_location": "fastsel.methods.facility_location",
+    "g2is": "fastsel.methods.g2is",
     "ifd": "fastsel.methods.ifd",
+    "in2core": "fastsel.methods.in2core",
     "k_center": "fastsel.methods.k_center",
     "kmeans": "fastsel.methods.kmeans",
     "length": "fastsel.methods.length",
@@ -76,9 +82,12 @@ __all__ = [
     "Selection",
     "UsageError",
     "bm25",
+    "cluster_ucb",
     "diverse_evol",
     "facility_location",
+    "g2is",
     "ifd",
+    "in2core",
     "io",
     "k_center",
     "kernels",

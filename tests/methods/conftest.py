@@ -124,3 +124,35 @@ def bigram():
         return model, tokenizer
 
     return build
+
+
+def target_rows(seed, n):
+    """Rows of a few words each, with a source and a task."""
+    words = ["alpha", "beta", "gamma", "delta", "red", "blue", "green", "one", "two", "three", "cat", "dog"]
+    draw = np.random.default_rng(seed)
+    texts = [" ".join(draw.choice(words, size=draw.integers(2, 6))) for _ in range(2 * n)]
+    return [
+        {"instruction": texts[2 * i], "output": texts[2 * i + 1], "source": f"s{i % 2}", "task": f"t{i % 3}"}
+        for i in range(n)
+    ]
+
+
+@pytest.fixture(scope="session")
+def lora_run(tiny, tmp_path_factory):
+    """A pool of 30 rows (row 7 has no answer), 9 target rows of 3 tasks, and a LoRA run of two checkpoints on the pool.
+
+    Returns what methods on gradients are called with, as a dict of pool and options.
+    """
+    pytest.importorskip("peft")
+    import fastsel
+
+    folder = tmp_path_factory.mktemp("lora_run")
+    rows = [json.dumps(row) for row in target_rows(0, 30)]
+    rows[7] = json.dumps({"instruction": "red", "output": "", "source": "s1"})
+    (folder / "pool.jsonl").write_text("\n".join(rows) + "\n")
+    common = {"model": tiny("llama"), "template": "none", "max_length": 64, "progress": "none"}
+    pool = fastsel.open_pool(folder / "pool.jsonl")
+    fastsel.warmup(
+        pool, output=folder / "run", fraction=0.5, epochs=2, lora_r=2, rows_a_step=4, learning_rate=1e-2, **common
+    )
+    return {"pool": pool, "target": target_rows(1, 9), "checkpoints": folder / "run", "leaks": "none", **common}

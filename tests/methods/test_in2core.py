@@ -1,0 +1,108 @@
+"""In2Core-style selection: influences from a run's gradients against autograd's in float64, and from the user's own."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import fastsel
+from fastsel.cli import main
+from fastsel.errors import InputError, UsageError
+from fastsel.features.influence import running
+from fastsel.features.training_rows import TrainingTokenizer
+from fastsel.io.templates import load_template
+from fastsel.models.checkpoints import open_checkpoints
+from fastsel.models.loading import load_model
+from fastsel.selectors.data_influence import influences
+
+
+def autograd(lora_run, rows_of):
+    """({row: gradient [p] float64}, {matrix: its columns}) through peft's layers, one row at a time."""
+    model, tokenizer = lora_run["model"]
+    base = load_model((model, tokenizer), device="cpu")
+    tokenise = TrainingTokenizer(tokenizer, load_template("none"), max_length=64)
+    found = []
+    with running(open_checkpoints(lora_run["checkpoints"])[-1], base) as state:
+        double = state.loaded.model.double()
+        named = {name: p for name, p in double.named_parameters() if "lora_" in name}
+        for p in named.values():
+            p.requires_grad_(True)
+        for pool in rows_of:
+            gradients = {}
+            for row in tokenise(pool.examples(range(len(pool)))):
+                if not row.sequences:
+                    continue
+                ((ids, labelled),) = row.sequences
+                log_p = double(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+                loss = -sum(log_p[at - 1, ids[at]] for at in labelled) / len(labelled)
+                parts = torch.autograd.grad(loss, list(named.values()))
+                gradients[row.row_id] = torch.cat([part.reshape(-1) for part in parts]).numpy()
+            found.append(gradients)
+        double.float()
+    ends = np.cumsum([p.numel() for p in named.values()])
+    columns = {name: (int(end) - p.numel(), int(end)) for (name, p), end in zip(named.items(), ends, strict=True)}
+    return found, columns
+
+
+@pytest.mark.parametrize("layers", [None, ["layers.1"], ["v_proj"]])
+def test_matches_autograd_and_the_closed_form(lora_run, layers):
+    lists = [lora_run["pool"], fastsel.open_pool(lora_run["target"])]
+    (train, target), columns = autograd(lora_run, lists)
+    names = [name for name in columns if layers is None or any(part in name for part in layers)]
+    rows = np.array(sorted(train))
+    expected = -influences(
+        np.stack([train[row] for row in rows]), np.stack(list(target.values())), columns=columns, layers=names
+    )
+    selection = fastsel.in2core(**lora_run, layers=layers, budget=15)
+    assert 7 not in rows and np.isnan(selection.scores[7])
+    np.testing.assert_allclose(selection.scores[rows], expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+    assert selection.indices.tolist() == rows[np.argsort(-expected, kind="stable")][:15].tolist()
+
+
+def test_worked_example():
+    """The arithmetic is in tests/selectors/test_data_influence.py: rows (2, 0), (0, 2), (1, 1), target (1, 0)."""
+    rows = [{"instruction": word, "output": word} for word in ("red", "blue", "green")]
+    selection = fastsel.in2core(
+        rows, gradients=[[2.0, 0], [0, 2], [1, 1]], target_gradients=[[1.0, 0]], damping=0.5, budget=2, leaks="none"
+    )
+    h = 6 / 5 * np.array([1 - (24 / 29 + 6 / 17) / 3, -6 / 17 / 3])
+    assert selection.indices.tolist() == [0, 2]
+    assert selection.scores == pytest.approx(np.array([[2.0, 0], [0, 2], [1, 1]]) @ h)
+
+
+def test_batches_change_little_and_runs_repeat(lora_run):
+    first = fastsel.in2core(**lora_run, budget=10)
+    assert fastsel.in2core(**lora_run, budget=10).scores.tobytes() == first.scores.tobytes()
+    other = fastsel.in2core(**lora_run, budget=10, batch_tokens=40)
+    np.testing.assert_allclose(other.scores, first.scores, rtol=1e-3, atol=1e-3 * np.nanmax(np.abs(first.scores)))
+
+
+def test_the_command_line(tmp_path):
+    generator = np.random.default_rng(0)
+    x, target = generator.standard_normal((12, 6)), generator.standard_normal((3, 6))
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "t.npy", target)
+    rows = [{"instruction": "a", "output": "b"}] * 12
+    (tmp_path / "pool.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    arguments = ["select", "in2core", "--pool", str(tmp_path / "pool.jsonl"), "--gradients", str(tmp_path / "x.npy"),
+                 "--target-gradients", str(tmp_path / "t.npy"), "--budget", "50%", "-o", str(tmp_path / "out")]  # fmt: skip
+    assert main(arguments) == 0
+    expected = np.argsort(influences(x, target), kind="stable")[:6]
+    assert np.load(tmp_path / "out" / "indices.npy").tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"target": None}, UsageError, "which target"),
+        ({"budget": "1000tok"}, UsageError, "token"),
+        ({"layers": ["layers.9"]}, UsageError, "no LoRA matrix has 'layers.9' in its name"),
+        ({"damping": 0.0}, UsageError, "damping must be a number above 0"),
+        ({"executor": object()}, UsageError, "in2core runs in one process"),
+        ({"gradients": np.ones((3, 4)), "target_gradients": np.eye(2, 4)}, InputError, "3 rows, the pool .* has 30"),
+    ],
+)
+def test_refuses(lora_run, options, error, message):
+    with pytest.raises(error, match=message):
+        fastsel.in2core(**{**lora_run, "budget": 5, **options})
