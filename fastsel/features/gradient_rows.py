@@ -197,6 +197,11 @@ class BatchFeatures:
         module, rule = part.module, self._rule
         columns = slice(module.first, module.first + module.size)
         adam = rule.adam_of(module.first, module.size)
+        if self.dense is not None:
+            self.dense[part.examples, columns] = _whole(part, adam, rule.step, self.dense.dtype)
+            if self.dots is None and self.sketch is None:
+                self.sqnorms[part.examples] += self.dense[part.examples, columns].square().sum(1, dtype=torch.float64)
+                return
         spec = None if rule.sketch is None else rule.sketch._replace(first=rule.sketch.first + module.first)
         reduced = lora_gradient_sketch(
             part.x,
@@ -215,8 +220,6 @@ class BatchFeatures:
         self.sqnorms[part.examples] += reduced.sqnorms
         if self.dots is not None and reduced.dots is not None:
             self.dots[part.examples] += reduced.dots
-        if self.dense is not None:
-            self.dense[part.examples, columns] = _whole(part, adam, rule.step, self.dense.dtype)
 
 
 def _whole(part: ModuleTokens, adam: AdamStep | None, step: str, dtype: torch.dtype) -> torch.Tensor:
