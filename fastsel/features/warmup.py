@@ -28,7 +28,7 @@ from fastsel.models.lora_training import last_whole_checkpoint, train_adapter
 from fastsel.progress import progress_bar
 from fastsel.store import FeatureStore
 
-BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+BATCH_TOKENS = {"cpu": 512, "cuda": 4096}
 OFFICIAL_SEED = 42  # LESS's sample_data_seed
 logger = logging.getLogger("fastsel")
 
@@ -76,7 +76,9 @@ def warmup(
         max_length: of a row in tokens; None takes LESS's 2,048, or what the model can take.
         official: LESS's draw: the first int(fraction * n) of numpy's permutation of all rows with seed 42, whatever
             seed is.
-        batch_tokens: tokens, padding included, that go through the model together.
+        batch_tokens: tokens, padding included, that go through the model together; None takes 512 on a CPU, 4,096 on a
+            GPU. Batches that would keep more than 1.5 GiB (a quarter of a GPU's memory) for their backward compute
+            layers twice instead.
         seed: of the draw, the adapter's start, the order of rows and dropout.
         progress: see progress_bar; counts tokens.
 

@@ -43,11 +43,12 @@ def labelled_loss(model: Any, device: torch.device, batch: Sequence[WeightedSequ
         ids_bt[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
         weights_bt[row, torch.tensor(sequence.labelled) - 1] = sequence.weight
     columns = torch.nonzero(weights_bt.any(0))[:, 0]
+    takes = inspect.signature(_inner(model).forward).parameters
+    some = {"logits_to_keep": columns.to(device), "use_cache": False}
     # Without a mask: a causal model does not look at padding that comes after its tokens.
-    if "logits_to_keep" in inspect.signature(_inner(model).forward).parameters:
-        logits = model(input_ids=ids_bt.to(device), logits_to_keep=columns.to(device)).logits
-    else:
-        logits = model(input_ids=ids_bt.to(device)).logits[:, columns.to(device)]
+    logits = model(input_ids=ids_bt.to(device), **{name: some[name] for name in some if name in takes}).logits
+    if "logits_to_keep" not in takes:
+        logits = logits[:, columns.to(device)]
     kept = weights_bt[:, columns]
     rows, places = torch.nonzero(kept, as_tuple=True)
     predicted = logits[rows.to(device), places.to(device)].float()

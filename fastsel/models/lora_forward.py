@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from fastsel.errors import FastselWarning, InputError
+from fastsel.models.layer_checkpointing import layers_computed_twice
 from fastsel.models.loading import LoadedModel
 from fastsel.models.lora_batch import Capture, Consumer, LabelledBatch, LabelledSequence, ModuleTokens, lay_out
 from fastsel.models.lora_modules import LoraLayers
@@ -157,7 +158,7 @@ class LoraForward:
             stack.enter_context(_frozen(self.loaded.model))
             stack.enter_context(self.lora.active(capture.hand_over, capture.on_forward))
             if checkpointing:
-                stack.enter_context(self._checkpointed())
+                stack.enter_context(layers_computed_twice(self.body, with_dropout=False))
             if packed:
                 stack.enter_context(packed_lengths(batch.lengths))
                 stack.enter_context(attention_switched(self._inner, ATTENTION_NAME))
@@ -186,22 +187,6 @@ class LoraForward:
         losses.index_add_(0, batch.example_of_label, nll * batch.weights.cpu().double() / self._scale)
         capture.forward_is_over = True
         torch.autograd.backward(predicting, gradient)
-
-    @contextlib.contextmanager
-    def _checkpointed(self) -> Iterator[None]:
-        """Inside, the model's layers keep their inputs only. Not by training mode: dropout would come with it."""
-        from torch.utils.checkpoint import checkpoint
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        layers = [module for module in self.body.modules() if isinstance(module, GradientCheckpointingLayer)]
-        own = [(layer, layer.forward) for layer in layers if "forward" not in vars(layer)]
-        for layer, forward in own:
-            vars(layer)["forward"] = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
-        try:
-            yield
-        finally:
-            for layer, _ in own:
-                vars(layer).pop("forward")
 
     def _probe(self) -> None:
         """Compare with autograd through the model's own layers; sets reason and bytes_per_token.

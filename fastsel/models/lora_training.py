@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,14 @@ import torch
 from fastsel.errors import UsageError
 from fastsel.models.checkpoints import Checkpoint, open_checkpoints
 from fastsel.models.labelled_loss import WeightedSequence, labelled_loss, padded_batches
+from fastsel.models.layer_checkpointing import layers_computed_twice
 from fastsel.models.loading import LoadedModel, require
 from fastsel.models.lora import finite, new_adapter
 
+# What a batch may keep for its backward, in bytes; larger ones keep each layer's input and compute the layer again.
+ACTIVATION_BYTES = 3 << 29
+SHARE_OF_GPU = 0.25
+NUMBERS_A_LAYER = 40  # kept for each token, in hidden sizes; SmolLM2 with adapters and dropout on q, k, v, o: 37
 # A row: its sequences, each as token ids and the positions of the labelled ones.
 TrainingRow = Sequence[tuple[Sequence[int], Sequence[int]]]
 
@@ -76,9 +82,11 @@ def train_adapter(
             ]
             total = torch.zeros((), device=loaded.device)
             for batch in padded_batches(weighted, batch_tokens):
-                with self.compute_loss_context_manager():
-                    loss = finite(labelled_loss(model, loaded.device, batch))
-                self.accelerator.backward(loss)
+                large = _keeps_too_much(loaded, len(batch) * max(len(sequence.ids) for sequence in batch))
+                with layers_computed_twice(loaded.model, with_dropout=True) if large else nullcontext():
+                    with self.compute_loss_context_manager():
+                        loss = finite(labelled_loss(model, loaded.device, batch))
+                    self.accelerator.backward(loss)
                 total += loss.detach()
                 on_tokens(sum(len(sequence.ids) for sequence in batch))
             return total
@@ -108,6 +116,15 @@ def train_adapter(
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from.folder))
+
+
+def _keeps_too_much(loaded: LoadedModel, tokens: int) -> bool:
+    """Whether a batch's backward would need more memory than it may have."""
+    config = loaded.model.config.get_text_config()
+    needed = NUMBERS_A_LAYER * config.hidden_size * config.num_hidden_layers * tokens * loaded.dtype.itemsize
+    if loaded.device.type != "cuda":
+        return bool(needed > ACTIVATION_BYTES)
+    return bool(needed > SHARE_OF_GPU * torch.cuda.get_device_properties(loaded.device).total_memory)
 
 
 def last_whole_checkpoint(folder: Path) -> Checkpoint | None:

@@ -175,6 +175,24 @@ def test_batches_change_nothing_but_rounding(pool, tmp_path):
     assert torch.allclose(m, v, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_law_batches_that_keep_less_have_the_same_bits(pool, tmp_path, monkeypatch, kind):
+    options = OPTIONS | dict(target_modules="all-linear")
+    usual = fastsel.warmup(pool, model=tiny_pair(kind), output=tmp_path / "usual", **options)
+    monkeypatch.setattr(lora_training, "ACTIVATION_BYTES", 0)
+    model, tokenizer = tiny_pair(kind)
+    layer = model.model.layers[0].self_attn if kind == "llama" else model.transformer.h[0].attn
+    calls = 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    layer.register_forward_hook(count)
+    assert_equal_runs(usual, fastsel.warmup(pool, model=(model, tokenizer), output=tmp_path / "less", **options))
+    assert calls == 2 * 2 * 3  # twice in each of two epochs of three steps
+
+
 def test_what_is_drawn_is_written_down(pool, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "fastsel"):
         fastsel.warmup(pool, model=tiny_pair(), output=tmp_path / "run", **OPTIONS | dict(fraction=1.0, epochs=1))

@@ -256,7 +256,9 @@ def test_law_checkpointing_changes_no_bit_and_keeps_less(name):
 def test_memory_decides_about_checkpointing(monkeypatch):
     forward = forward_of(adapted(*ARCHITECTURES["llama"]))
     asked = []
-    monkeypatch.setattr(forward, "_checkpointed", lambda: asked.append(1) or warnings.catch_warnings())
+    monkeypatch.setattr(
+        lora_forward, "layers_computed_twice", lambda *_, **__: asked.append(1) or warnings.catch_warnings()
+    )
     dense(forward, some_examples())
     assert not asked
     monkeypatch.setattr(lora_forward, "ACTIVATION_BYTES", 100 * forward.bytes_per_token)
