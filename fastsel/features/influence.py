@@ -142,6 +142,7 @@ def target_directions(
     rule = GradientRule("sgd", sketch=sketch, dense=sketch is None)
     n_columns = state.forward.n_parameters if sketch is None else sketch.k
     most_rows = max(1, DENSE_BYTES // (8 * n_columns))
+    own = torch.promote_types(state.forward.modules[0].lora_a.dtype, torch.float32)
     vectors: list[torch.Tensor] = []
     names: list[str] = []
     target_of: list[int] = []
@@ -150,8 +151,8 @@ def target_directions(
         rows = [row for row in tokenise(target.examples()) if row.sequences]
         missing = dict.fromkeys(set(target.rows.tolist()) - {row.row_id for row in rows}, "it has no labelled token")
         subtask_of = dict(zip(target.rows.tolist(), target.subtask.tolist(), strict=True))
-        sums = torch.zeros(len(target.subtasks), n_columns, dtype=torch.float64, device=state.loaded.device)
-        counts = torch.zeros(len(target.subtasks), dtype=torch.float64, device=state.loaded.device)
+        sums = torch.zeros(len(target.subtasks), n_columns, dtype=own, device=state.loaded.device)
+        counts = torch.zeros(len(target.subtasks), dtype=own, device=state.loaded.device)
         for whole in batches(rows, batch_tokens):
             for start in range(0, len(whole), most_rows):
                 batch = whole[start : start + most_rows]
@@ -159,25 +160,25 @@ def target_directions(
                 state.forward.run([[LabelledSequence(*s) for s in row.sequences] for row in batch], features)
                 found = features.dense if sketch is None else features.sketch
                 assert found is not None
-                for row, vector in zip(batch, found.double(), strict=True):
-                    norm = vector.norm()
+                for row, vector in zip(batch, found, strict=True):
+                    norm = torch.linalg.vector_norm(vector, dtype=torch.float64)
                     if not bool(torch.isfinite(norm)):
                         missing[row.row_id] = str(REASONS[NOT_FINITE])
                         continue
                     subtask = subtask_of[row.row_id]
-                    sums[subtask] += vector / norm.clamp_min(LEAST_NORM) if aggregation == "official" else vector
+                    factor = 1 / max(float(norm), LEAST_NORM) if aggregation == "official" else 1.0
+                    sums[subtask].add_(vector, alpha=factor)
                     counts[subtask] += 1
         target = target.without(missing) if missing else target
         alive = counts > 0
-        means = sums[alive] / counts[alive, None]
+        means = sums[alive].div_(counts[alive, None])
         if aggregation == "paper":
             means = torch.nn.functional.normalize(means, dim=1)
         vectors.append(means)
         names += target.subtasks
         target_of += [number] * len(target.subtasks)
         kept.append(target)
-    own = torch.promote_types(state.forward.modules[0].lora_a.dtype, torch.float32)
-    return Directions(torch.cat(vectors).to(own), names, np.array(target_of, np.int64), kept)
+    return Directions(torch.cat(vectors), names, np.array(target_of, np.int64), kept)
 
 
 @dataclass

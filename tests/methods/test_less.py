@@ -305,6 +305,13 @@ def test_the_command_line_takes_it(tmp_path, pool, target, run):
     words = ["select", "less", "--pool", str(tmp_path / "pool.jsonl"), "--target", str(tmp_path / "target.jsonl"),
              "--subtask-column", "task", "--checkpoints", str(run), "--model", str(tmp_path / "model"), "--budget", "4",
              "--template", "none", "--max-length", "24", "--leaks", "none", "-o", str(tmp_path / "out")]  # fmt: skip
-    assert main(words) == 0
+    assert main([*words, "--mode", "sketch", "--sketch-size", "64"]) == 0
     rows = (tmp_path / "out" / "selected.jsonl").read_text().splitlines()
     assert len(rows) == 4
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in target[3:]))
+    again = ["select", "--from", str(tmp_path / "out"), "--target", str(other), "-o", str(tmp_path / "again")]
+    assert main(again) == 0
+    fresh = choose(pool, target[3:], run, mode="sketch", sketch_size=64, model=tiny_pair(torch.float32))
+    chosen = [json.loads(line) for line in (tmp_path / "again" / "selected.jsonl").read_text().splitlines()]
+    assert chosen == [pool[i] for i in sorted(fresh.indices)]
