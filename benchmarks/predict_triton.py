@@ -18,6 +18,8 @@ from fastsel.kernels.facility_location import gpu_triton as gains
 from fastsel.kernels.k_center import gpu_triton as nearest
 from fastsel.kernels.linear_token_stats import gpu_triton as stats
 from fastsel.kernels.linear_token_stats.cases import ALL_OUTPUTS
+from fastsel.kernels.lora_gradient_sketch import AdamStep, SketchSpec
+from fastsel.kernels.lora_gradient_sketch import gpu_triton as lora
 from fastsel.kernels.novelty import gpu_triton as novel
 from fastsel.kernels.topk_similarity import gpu_triton as topk
 from fastsel.kernels.tree_attention import gpu_triton as tree
@@ -49,6 +51,10 @@ NEIGHBOURS = {  # queries, points, features; cosines of unit rows, 10 neighbours
 }
 GREEDY_ROWS, GREEDY_PICKS = 1_000_000, 10_000
 NOVEL_ROWS, NOVEL_D, CONTENDERS = 1_000_000, 1024, 256  # rows of the pool, rows scored exactly at a time
+
+LORA = (16, 300, 4096, 128)  # examples, tokens of each, features in and out, rank: LESS with Llama-2-7B
+LORA_MODULES, LESS_ROWS, LESS_CHECKPOINTS = 128, 270_679, 4
+PASS_FLOPS = 4 * 6.6e9 * 300  # forward and input gradients of an example
 
 
 def pairs_of_passes(number: int = 60) -> Segments:
@@ -108,6 +114,36 @@ def append_bound(chip: Chip, dtype: torch.dtype) -> str:
         f"{p.seconds * 1e6:,.0f} us | {p.floor_seconds * 1e6:,.0f} us | {p.ratio:.2f} "
         f"| {p.programs_resident} | {p.inner_limit} | {p.outer_limit} |"
     )
+
+
+def lora_launches(architecture: str, mode: str) -> list[Launch]:
+    """One call for a module of Llama-2-7B under LESS: 16 targets ("direct") or SJLT to 8,192 ("sketch"), bfloat16."""
+    n, tokens, d, r = LORA
+    p, kind = 2 * r * d, torch.bfloat16
+    state = AdamStep(meta(p, dtype=torch.float32), meta(p, dtype=torch.float32))
+    x, delta = (meta(n * tokens, d, dtype=kind) for _ in range(2))
+    lora_a, lora_b, offsets = meta(r, d, dtype=kind), meta(d, r, dtype=kind), meta(n + 1, dtype=torch.int64)
+    is_direct = mode == "direct"
+    targets, spec = (meta(16, p, dtype=kind), None) if is_direct else (None, SketchSpec(8192))
+    options = (2.0, state, False, targets, spec, None)
+    return lora.plan(x, delta, lora_a, lora_b, offsets, *options, architecture=architecture)[1]
+
+
+def lora_module(chip: Chip, mode: str) -> tuple[dict[str, float], float]:
+    """Predicted seconds of one module's launches by kernel, and the floor of the whole: flops or bytes."""
+    n, tokens, d, r = LORA
+    seconds, flops = Counter[str](), 0
+    for launch in lora_launches(chip.architecture, mode):
+        code = machine_code(compile_launch(launch, chip.architecture), chip.architecture)
+        work = lora.work(launch, tokens)
+        seconds[launch.kernel.__name__] += predict_streaming(code, chip=chip, **work).seconds
+        if work["matrix_units"] == "16-bit":
+            flops += work["needed_flops"]
+    entries = 2 * r * d
+    # Tokens, state, targets (or sketches) once; gammas need never leave the chip.
+    n_bytes = 2 * n * tokens * d * 2 + 8 * entries + (16 * entries * 2 if mode == "direct" else n * 8192 * 8)
+    rate = chip.matrix_flops["16-bit"] * chip.multiprocessors * chip.clock_hz
+    return dict(seconds), max(flops / rate, n_bytes / chip.memory_bytes_s)
 
 
 def greedy(chip: Chip, dtype: torch.dtype) -> tuple[float, float, float]:
@@ -189,6 +225,20 @@ def main() -> None:
             for dtype in (torch.bfloat16, torch.float32):
                 kind = str(dtype).removeprefix("torch.")
                 print(f"| novelty, append bound of 1M rows, {kind} | {name} | {append_bound(chip, dtype)}", flush=True)
+    if "lora_gradient_sketch".startswith(wanted):
+        print("\n| lora_gradient_sketch, Llama-2-7B, r = 128, an example | chip | predicted | floor | of it "
+              "| share of forward and backward at 40 % of peak | all of LESS's rows and checkpoints |")  # fmt: skip
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for name, chip in CHIPS.items():
+            for mode in ("direct", "sketch"):
+                parts, floor = lora_module(chip, mode)
+                seconds, floor = (LORA_MODULES / LORA[0] * part for part in (sum(parts.values()), floor))
+                of_it = ", ".join(f"{kernel.removesuffix('_kernel')} {1e3 * LORA_MODULES / LORA[0] * part:.2f}"
+                                  for kernel, part in parts.items())  # fmt: skip
+                both = PASS_FLOPS / (0.4 * chip.matrix_flops["16-bit"] * chip.multiprocessors * chip.clock_hz)
+                hours = LESS_ROWS * LESS_CHECKPOINTS * (seconds + both) / 3600
+                print(f"| {mode} | {name} | {1e3 * seconds:.2f} ms | {1e3 * floor:.2f} ms | {of_it} "
+                      f"| {100 * seconds / both:.1f} % | {hours:.1f} h |", flush=True)  # fmt: skip
     if "facility_location".startswith(wanted):
         print(f"\n| greedy, n = {GREEDY_ROWS:,}, d = {GAINS_D:,}, k = {GREEDY_PICKS:,} | updates | floor | 16 a pick |")
         print("| --- | --- | --- | --- |")

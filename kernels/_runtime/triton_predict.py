@@ -128,14 +128,30 @@ def predict(code: MachineCode, work: Work, chip: Chip) -> Prediction:
     )
 
 
-def predict_streaming(code: MachineCode, programs: int, passes: int, needed_bytes: int, chip: Chip) -> Prediction:
-    """Predict the time of a launch without matrix products, whose programs go through one long loop over their rows.
+def predict_streaming(
+    code: MachineCode,
+    programs: int,
+    passes: int,
+    needed_bytes: int,
+    chip: Chip,
+    *,
+    flops: int = 0,
+    cache_bytes: int = 0,
+    outer_cache_bytes: int = 0,
+    matrix_units: str = "16-bit",
+    needed_flops: int = 0,
+) -> Prediction:
+    """Predict the time of a launch whose programs go through one long loop, and do the rest of their code once.
 
     Args:
         code: compiled for the chip's architecture.
         programs, passes: of the launch, and through the loop of each.
         needed_bytes: that the task moves at least; with enough in flight they take the memory's rate.
         chip: one of CHIPS.
+        flops, cache_bytes: of matrix products in one pass, and read from the second-level cache in it.
+        outer_cache_bytes: that a program moves to and from that cache outside the loop.
+        matrix_units: that the products run on.
+        needed_flops: of the task.
 
     Raises:
         ValueError: the compiled kernel has no loop.
@@ -146,11 +162,14 @@ def predict_streaming(code: MachineCode, programs: int, passes: int, needed_byte
     loop = max(loops, key=lambda one: one.stop - one.start)
     inner = busy_cycles(opcodes[loop.start : loop.stop], chip, code.num_warps)
     outer = busy_cycles(opcodes[: loop.start] + opcodes[loop.stop :], chip, code.num_warps)
+    inner |= {"matrix": flops / chip.matrix_flops[matrix_units], "cache": cache_bytes / chip.cache_bytes}
+    outer |= {"matrix": 0.0, "cache": outer_cache_bytes / chip.cache_bytes}
     cycles = max(passes * inner[unit] + outer[unit] for unit in inner)
-    floor = needed_bytes / chip.memory_bytes_s
+    per_second = chip.matrix_flops[matrix_units] * chip.multiprocessors * chip.clock_hz
+    in_memory = needed_bytes / chip.memory_bytes_s
     return Prediction(
-        seconds=max(makespan([(programs, cycles)], chip.multiprocessors) / chip.clock_hz, floor),
-        floor_seconds=floor,
+        seconds=max(makespan([(programs, cycles)], chip.multiprocessors) / chip.clock_hz, in_memory),
+        floor_seconds=max(in_memory, needed_flops / per_second),
         programs_resident=programs_per_multiprocessor(code, chip.architecture),
         inner_limit=max(inner, key=lambda unit: inner[unit]),
         outer_limit=max(outer, key=lambda unit: outer[unit]),

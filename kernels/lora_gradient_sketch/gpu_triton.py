@@ -20,6 +20,7 @@ Limits: float32, bfloat16, float16; SJLT; rows that are no multiple of 16 elemen
 Ladder: docs/measured.md has the predicted times (no GPU has run this file yet).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -40,14 +41,14 @@ DOTS_STRETCH = 16384  # coordinates of one program of dots_kernel
 LAUNCH_TABLE = {
     ("sm_80", 2): (64, 64, 4, 64, 64, 64, 4, 3, "ieee"),
     ("sm_80", 4): (64, 32, 4, 64, 64, 32, 4, 1, "tf32x3"),
-    ("sm_90", 2): (64, 64, 4, 64, 128, 64, 4, 3, "ieee"),
+    ("sm_90", 2): (64, 64, 4, 64, 64, 64, 4, 3, "ieee"),
     ("sm_90", 4): (64, 32, 4, 64, 64, 32, 4, 1, "tf32x3"),
     ("sm_100", 2): (128, 64, 4, 64, 128, 64, 4, 3, "ieee"),
     ("sm_100", 4): (128, 32, 4, 64, 64, 32, 4, 2, "tf32x3"),
     ("gfx942", 2): (64, 64, 4, 64, 64, 64, 4, 2, "ieee"),
     ("gfx942", 4): (64, 32, 4, 64, 64, 32, 4, 2, "ieee"),
 }
-DOTS_BLOCK = (16, 16, 64, 4)  # BLOCK_N, BLOCK_S, BLOCK_P, num_warps
+DOTS_BLOCK = {2: (16, 16, 128, 4), 4: (16, 16, 64, 4)}  # bytes of a target: BLOCK_N, BLOCK_S, BLOCK_P, num_warps
 SJLT_BLOCK = (128, 8, 4)  # BLOCK_K, BLOCK_N, num_warps
 STEPS = {"none": 0, "adam": 1, "sign": 2}
 
@@ -57,7 +58,7 @@ def products_kernel(
     matrix_ptr, high_ptr, low_ptr, out_ptr, out_low_ptr, scale, T, D, R, stride_matrix_t, stride_weight_r,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[t, r] = scale matrix[t] . (high + low)[r]; where low is given, out is split into such a pair too."""
+    """out[t, r] = scale matrix[t] . (high + low)[r], where given split into out and out_low too."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     ranks = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     # Tokens past the end read the last one again: the loop needs no mask for them. Ranks are padded with zeros.
@@ -149,18 +150,27 @@ def dots_kernel(
     for p0 in range(stretch * STRETCH, tl.minimum((stretch + 1) * STRETCH, P), BLOCK_P):
         inside = (in_p + p0 < P)[None, :]
         g = tl.load(gammas_at + p0, mask=inside, other=0.0)
-        y = tl.load(targets_at + p0, mask=inside, other=0.0).to(tl.float32)
-        total = tile_product(g, tl.trans(y), total, PRECISION)
+        y = tl.load(targets_at + p0, mask=inside, other=0.0)
+        if y.dtype == tl.bfloat16:
+            high = g.to(tl.bfloat16)
+            total = tile_product(high, tl.trans(y), total, PRECISION)
+            total = tile_product((g - high.to(tl.float32)).to(tl.bfloat16), tl.trans(y), total, PRECISION)
+        else:
+            total = tile_product(g, tl.trans(y.to(tl.float32)), total, PRECISION)
     to = out_ptr + (stretch * N + examples)[:, None] * S + ones[None, :]
     tl.store(to, total, mask=(examples < N)[:, None] & (ones < S)[None, :])
 
 
 @triton.jit(do_not_specialize=["row_first", "row_second", "sign_first", "sign_second"])
 def sjlt_kernel(
-    gammas_ptr, out_ptr, row_first, row_second, sign_first, sign_second, weight, N, BEGIN, END, LOW, HIGH, J,
-    stride_gammas_n, stride_out_n, BITS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    gammas_ptr, out_ptr, row_first, row_second, sign_first, sign_second, weight, N, FIRST_BLOCK, N_BLOCKS, SKIPPED,
+    COUNT, LOW, HIGH, J, stride_gammas_n, stride_out_n,
+    BITS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Adds nonzero J of coordinates BEGIN to END (gammas hold these) to BLOCK_K rows LOW to HIGH of N sketches."""
+    """Adds nonzero J of COUNT coordinates to BLOCK_K rows LOW to HIGH of N sketches.
+
+    gammas holds them, from coordinate SKIPPED of the first of N_BLOCKS blocks of SJLT on.
+    """
     length = HIGH - LOW
     rows = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     examples = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -169,15 +179,16 @@ def sjlt_kernel(
     stream = (rows * 0 + J).to(tl.uint32)
     sign_inner, sign_outer = inner_key(stream, sign_first), outer_key(stream, sign_second)
     total = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
-    for block in range(BEGIN >> BITS, ((END - 1) >> BITS) + 1):
-        number = tl.zeros([1], tl.int64) + block
+    for block in range(0, N_BLOCKS):
+        number = tl.zeros([1], tl.int64) + FIRST_BLOCK + block
         start, x, a, b = sjlt_block(number, J, length, row_first, row_second)
         in_block, met = sjlt_coordinate(rows, length, start, x, a, b, BITS)
         coordinate = (number << BITS) + in_block.to(tl.int64)
-        met = met & (coordinate >= BEGIN) & (coordinate < END)
+        place = (block << BITS) + in_block.to(tl.int32) - SKIPPED
+        met = met & (place >= 0) & (place < COUNT)
         word = counter_word(coordinate >> 5, sign_inner, sign_outer) >> (coordinate & 31).to(tl.uint32)
         sign = 1.0 - 2.0 * (word & 1).to(tl.float32)
-        value = tl.load(gammas_at + (coordinate - BEGIN)[:, None], mask=live & met[:, None], other=0.0)
+        value = tl.load(gammas_at + place[:, None], mask=live & met[:, None], other=0.0)
         total += sign[:, None] * value
     at = out_ptr + examples[None, :] * stride_out_n + (LOW + rows)[:, None]
     tl.store(at, tl.load(at, mask=live, other=0.0) + weight * total, mask=live)
@@ -266,7 +277,7 @@ def plan(
                 )
                 begin, end = start + row * n_columns, start + stop * n_columns
                 if targets is not None:
-                    partial, launch = _dots(gammas, here, targets[:, begin:end], precision, architecture)
+                    partial, launch = _dots(gammas, here, targets[:, begin:end], architecture)
                     dots.append((example, partial))
                     launches.append(launch)
                 if sketch is not None and projected is not None:
@@ -275,10 +286,12 @@ def plan(
 
 
 def _split(weight: torch.Tensor, dtype: torch.dtype, r_padded: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """[r_padded, d rounded up to 128] with zeros: the weight, for bfloat16 as a sum of two."""
+    """[r_padded, d rounded up to 128] with zeros: the weight; float32 beside bfloat16 as a sum of two."""
     r, d = weight.shape
     padded = weight.new_zeros(r_padded, triton.cdiv(d, 128) * 128, dtype=torch.float32)
     padded[:r, :d] = weight
+    if dtype == weight.dtype:  # one number is enough for what has 16 bits
+        return padded.to(dtype), None
     if dtype == torch.float32:
         return padded, None
     high = padded.to(dtype)
@@ -292,11 +305,11 @@ def _products(
     (t, d), r = matrix.shape, len(weight)
     block_t, block_k, num_warps = LAUNCH_TABLE[architecture, matrix.element_size()][:3]
     precision = LAUNCH_TABLE[architecture, matrix.element_size()][-1]
-    block_r = min(128 if matrix.element_size() == 2 else 64, max(16, triton.next_power_of_2(r)))
+    block_r = min(64, max(16, triton.next_power_of_2(r)))
     r_padded = triton.cdiv(r, block_r) * block_r
     high, low = _split(weight, matrix.dtype, r_padded)
     product = matrix.new_empty(t, r_padded)
-    product_low = None if low is None else torch.empty_like(product)
+    product_low = torch.empty_like(product) if matrix.element_size() == 2 else None
     launch = Launch(
         products_kernel,
         (triton.cdiv(t, block_t), r_padded // block_r),
@@ -309,15 +322,12 @@ def _products(
     return product, product_low, launch
 
 
-def _dots(
-    gammas: torch.Tensor, n: int, targets: torch.Tensor, precision: str, architecture: str
-) -> tuple[torch.Tensor, Launch]:
-    block_n, block_s, block_p, num_warps = DOTS_BLOCK
+def _dots(gammas: torch.Tensor, n: int, targets: torch.Tensor, architecture: str) -> tuple[torch.Tensor, Launch]:
+    block_n, block_s, block_p, num_warps = DOTS_BLOCK[targets.element_size()]
     s, p = targets.shape
     stretches = triton.cdiv(p, DOTS_STRETCH)
     partial = gammas.new_empty(stretches, n, s)
-    # gamma is float32 whatever x is.
-    products = LAUNCH_TABLE[architecture, 4][-1]
+    products = LAUNCH_TABLE[architecture, 2 if targets.dtype == torch.bfloat16 else 4][-1]
     launch = Launch(
         dots_kernel,
         (stretches, triton.cdiv(n, block_n), triton.cdiv(s, block_s)),
@@ -338,7 +348,7 @@ def _sjlt(
     (row_first, row_second), (sign_first, sign_second) = (
         hash_key(sketch.seed, purpose).signed() for purpose in (SJLT, SJLT_SIGN)
     )
-    launches = []
+    first, launches = (sketch.first + begin) >> bits, []
     for j in range(sketch.sparsity):
         low, high = j * sketch.k // sketch.sparsity, (j + 1) * sketch.k // sketch.sparsity
         launches.append(
@@ -347,13 +357,69 @@ def _sjlt(
                 (triton.cdiv(high - low, block_k), triton.cdiv(n, block_n)),
                 {"gammas_ptr": gammas, "out_ptr": projected, "row_first": row_first, "row_second": row_second}
                 | {"sign_first": sign_first, "sign_second": sign_second, "weight": sketch.sparsity**-0.5, "N": n}
-                | {"BEGIN": sketch.first + begin, "END": sketch.first + end, "LOW": low, "HIGH": high, "J": j}
+                | {"FIRST_BLOCK": first, "N_BLOCKS": ((sketch.first + end - 1) >> bits) - first + 1}
+                | {"SKIPPED": sketch.first + begin - (first << bits), "COUNT": end - begin}
+                | {"LOW": low, "HIGH": high, "J": j}
                 | {"stride_gammas_n": gammas.stride(0), "stride_out_n": projected.stride(0)},
                 {"BITS": bits, "BLOCK_K": block_k, "BLOCK_N": block_n},
                 {"num_warps": num_warps},
             )
         )
     return launches
+
+
+def work(launch: Launch, tokens: int) -> dict[str, Any]:
+    """What the launch executes and needs, for examples of so many tokens: the arguments of predict_streaming."""
+    a, c = launch.arguments, launch.constants
+    programs = math.prod(launch.grid)
+    if launch.kernel is sjlt_kernel:
+        # Neighbours in the sketch lie anywhere in a block: each gamma is a sector of 32 bytes of its own.
+        gathered = 32 * c["BLOCK_K"] * c["BLOCK_N"]
+        needed = 8 * a["N"] * (a["HIGH"] - a["LOW"])
+        return _work(programs, a["N_BLOCKS"], 0, gathered, 8 * c["BLOCK_K"] * c["BLOCK_N"], needed, 0, "tf32")
+    if launch.kernel is dots_kernel:
+        item = a["targets_ptr"].element_size()
+        n_products = 2 if item == 2 else 3 if c["PRECISION"] == "tf32x3" else 1
+        entries, tile = c["BLOCK_N"] * c["BLOCK_S"], (4 * c["BLOCK_N"] + item * c["BLOCK_S"]) * c["BLOCK_P"]
+        flops = n_products * 2 * entries * c["BLOCK_P"]
+        needed = n_products * 2 * a["N"] * a["S"] * a["P"]
+        passes = triton.cdiv(a["STRETCH"], c["BLOCK_P"])
+        units = "16-bit" if item == 2 else "tf32"
+        return _work(programs, passes, flops, tile, 4 * entries, a["S"] * a["P"] * item, needed, units)
+    if launch.kernel is products_kernel:
+        item, is_pair = a["matrix_ptr"].element_size(), a["low_ptr"] is not None
+        n_products = (2 if is_pair else 1) if item == 2 else 3 if c["PRECISION"] == "tf32x3" else 1
+        tile = c["BLOCK_T"] + (2 if is_pair else 1) * c["BLOCK_R"]
+        needed_bytes = item * a["T"] * a["D"] + 4 * a["R"] * (a["T"] + a["D"])
+        sizes = c["BLOCK_T"] * c["BLOCK_R"] * c["BLOCK_K"], a["T"] * a["R"] * a["D"]
+        passes, depth, written = triton.cdiv(a["D"], c["BLOCK_K"]), c["BLOCK_K"], 4 * c["BLOCK_T"] * c["BLOCK_R"]
+    else:
+        item, entries = a["left_ptr"].element_size(), (a["STOP"] - a["ROW"]) * a["N_COLUMNS"]
+        is_pair = a["left_low_ptr"] is not None or a["right_low_ptr"] is not None
+        n_products = (2 if is_pair else 1) if item == 2 else 3 if c["PRECISION"] == "tf32x3" else 1
+        tile = sum(
+            c[f"BLOCK_{side}"] * (1 if a[f"{name}_low_ptr"] is None else 2)
+            for side, name in (("J", "left"), ("C", "right"))
+        )
+        n = launch.grid[1]
+        # The state comes from memory once for all examples, from the cache for each; gamma goes there.
+        needed_bytes = n * tokens * item * (a["STOP"] - a["ROW"] + 2 * a["N_COLUMNS"]) + 8 * entries
+        sizes = c["BLOCK_J"] * c["BLOCK_C"] * c["BLOCK_T"], n * tokens * entries
+        passes, depth, written = triton.cdiv(tokens, c["BLOCK_T"]), c["BLOCK_T"], 12 * c["BLOCK_J"] * c["BLOCK_C"]
+    flops, needed = (2 * n_products * size for size in sizes)
+    units = "16-bit" if item == 2 else "tf32"
+    return _work(programs, passes, flops, tile * depth * item, written, needed_bytes, needed, units)
+
+
+def _work(
+    programs: int, passes: int, flops: int, cache_bytes: int, outer_cache_bytes: int, needed_bytes: int,
+    needed_flops: int, matrix_units: str,
+) -> dict[str, Any]:  # fmt: skip
+    return {
+        "programs": programs, "passes": passes, "flops": flops, "cache_bytes": cache_bytes,
+        "outer_cache_bytes": outer_cache_bytes, "needed_bytes": needed_bytes, "needed_flops": needed_flops,
+        "matrix_units": matrix_units,
+    }  # fmt: skip
 
 
 def compute(
