@@ -77,7 +77,7 @@ def warmup(
         official: LESS's draw: the first int(fraction * n) of numpy's permutation of all rows with seed 42, whatever
             seed is.
         batch_tokens: tokens, padding included, that go through the model together; None takes 512 on a CPU, 4,096 on a
-            GPU. Batches that would keep more than 1.5 GiB (a quarter of a GPU's memory) for their backward compute
+            GPU. Batches that would keep more than 1 GiB (a quarter of a GPU's memory) for their backward compute
             layers twice instead.
         seed: of the draw, the adapter's start, the order of rows and dropout.
         progress: see progress_bar; counts tokens.

@@ -22,9 +22,9 @@ from fastsel.models.loading import LoadedModel, require
 from fastsel.models.lora import finite, new_adapter
 
 # What a batch may keep for its backward, in bytes; larger ones keep each layer's input and compute the layer again.
-ACTIVATION_BYTES = 3 << 29
+ACTIVATION_BYTES = 1 << 30
 SHARE_OF_GPU = 0.25
-NUMBERS_A_LAYER = 40  # kept for each token, in hidden sizes; SmolLM2 with adapters and dropout on q, k, v, o: 37
+NUMBERS_A_LAYER = 24  # kept for each token, in hidden sizes; SmolLM2 with adapters and dropout on q, k, v, o: 21
 # A row: its sequences, each as token ids and the positions of the labelled ones.
 TrainingRow = Sequence[tuple[Sequence[int], Sequence[int]]]
 
