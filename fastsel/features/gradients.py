@@ -21,16 +21,25 @@ from fastsel.errors import UsageError
 from fastsel.features.answer_scorer import torch_build
 from fastsel.features.answer_tokens import FITS, OVERFLOW, REASONS, TURNS, WITH_SCORE
 from fastsel.features.batches import Shard, plan_shards
-from fastsel.features.gradient_rows import EPS_MODES, STEPS, AdamMoments, GradientRule, GradientWorker, moved
+from fastsel.features.gradient_rows import (
+    EPS_MODES,
+    STEPS,
+    AdamMoments,
+    BatchFeatures,
+    GradientRule,
+    GradientWorker,
+    moved,
+)
 from fastsel.features.token_stats import Executor
 from fastsel.features.training_rows import TrainingTokenizer
 from fastsel.io.examples import OK, SKIPPED, TRUNCATED
 from fastsel.io.row_reasons import RowReasons
 from fastsel.io.templates import Template
+from fastsel.kernels._runtime.dispatch import recording
 from fastsel.kernels.lora_gradient_sketch import SketchSpec
 from fastsel.models import lora_forward
 from fastsel.models.loading import LoadedModel
-from fastsel.models.lora_forward import LoraForward
+from fastsel.models.lora_forward import LoraForward, ModuleTokens
 from fastsel.models.lora_modules import LoraModule
 from fastsel.progress import progress_bar
 from fastsel.store import FeatureStore
@@ -185,6 +194,7 @@ def lora_gradients(
         "device": loaded.device.type,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "implementation": implementation,
+        "implementations": _what_runs(forward, rule, implementation),
         "template": {"id": template.id, "sha256": template.sha256},
         "max_length": max_length,
         "overflow": overflow,
@@ -246,6 +256,16 @@ def _check(rule: GradientRule, p: int) -> None:
         raise UsageError(f"the moments have {rule.moments.exp_avg.numel()} coordinates, the adapter {p}")
     if rule.targets is not None and (rule.targets.ndim != 2 or rule.targets.shape[1] != p):
         raise UsageError(f"targets are {list(rule.targets.shape)}, the adapter has {p} coordinates: want [s, {p}]")
+
+
+def _what_runs(forward: LoraForward, rule: GradientRule, implementation: str) -> dict[str, str]:
+    """Kernel -> the code that runs it for this adapter here: it decides the last bits."""
+    module = forward.modules[0]
+    x, delta = module.lora_a.new_zeros(1, module.lora_a.shape[1]), module.lora_b.new_zeros(1, module.lora_b.shape[0])
+    part = ModuleTokens(module, x, delta, module.scale, torch.tensor([0, 1]), slice(0, 1))
+    with recording() as ran:
+        BatchFeatures(1, forward, moved(rule, forward.loaded.device), implementation)(part)
+    return dict(ran)
 
 
 def _batch_tokens(forward: LoraForward) -> int:
