@@ -21,6 +21,7 @@ from fastsel.kernels.linear_token_stats.cases import ALL_OUTPUTS
 from fastsel.kernels.lora_gradient_sketch import AdamStep, SketchSpec
 from fastsel.kernels.lora_gradient_sketch import gpu_triton as lora
 from fastsel.kernels.novelty import gpu_triton as novel
+from fastsel.kernels.random_projection import gpu_triton as projection
 from fastsel.kernels.topk_similarity import gpu_triton as topk
 from fastsel.kernels.tree_attention import gpu_triton as tree
 from fastsel.kernels.tree_attention.segments import Segments
@@ -55,6 +56,7 @@ NOVEL_ROWS, NOVEL_D, CONTENDERS = 1_000_000, 1024, 256  # rows of the pool, rows
 LORA = (16, 300, 4096, 128)  # examples, tokens of each, features in and out, rank: LESS with Llama-2-7B
 LORA_MODULES, LESS_ROWS, LESS_CHECKPOINTS = 128, 270_679, 4
 PASS_FLOPS = 4 * 6.6e9 * 300  # forward and input gradients of an example
+PROJECTED, ADAPTERS, PROJECTION_K = 64, 2**27, 8192  # gradients of Llama-2-7B's adapters (r = 128), LESS's k
 
 
 def pairs_of_passes(number: int = 60) -> Segments:
@@ -146,6 +148,27 @@ def lora_module(chip: Chip, mode: str) -> tuple[dict[str, float], float]:
     return dict(seconds), max(flops / rate, n_bytes / chip.memory_bytes_s)
 
 
+def projection_launch(architecture: str, dtype: torch.dtype, kind: str) -> Launch:
+    """One call of random_projection's kernel that reads x."""
+    out = meta(PROJECTED, PROJECTION_K, dtype=torch.float32)
+    x = meta(PROJECTED, ADAPTERS, dtype=dtype)
+    return projection.plan(x, PROJECTION_K, kind, 1, 5, 0, out, architecture=architecture)[0]
+
+
+def sjlt(chip: Chip, dtype: torch.dtype) -> str:
+    """A row of the table: SJLT of PROJECTED gradients of Llama-2-7B's adapters, the segments' sums written and read."""
+    launch = projection_launch(chip.architecture, dtype, "sjlt")
+    code = machine_code(compile_launch(launch, chip.architecture), chip.architecture)
+    programs = launch.grid[0] * launch.grid[1] * launch.grid[2]
+    blocks = 1 << (launch.constants["SEGMENT_BITS"] - launch.constants["BITS"])
+    needed = PROJECTED * (ADAPTERS * dtype.itemsize + 8 * PROJECTION_K * launch.grid[0])
+    p = predict_streaming(code, programs, blocks, needed, chip)
+    return (
+        f"{p.seconds * 1e6:,.0f} us | {p.floor_seconds * 1e6:,.0f} us | {p.ratio:.2f} "
+        f"| {p.programs_resident} | {p.inner_limit} | {p.outer_limit} |"
+    )
+
+
 def greedy(chip: Chip, dtype: torch.dtype) -> tuple[float, float, float]:
     """Predicted seconds of all updates of GREEDY_PICKS greedy picks on random vectors, their floor, and contenders.
 
@@ -202,6 +225,9 @@ def launches(architecture: str) -> Iterator[tuple[str, Launch, Work]]:
             launch = novelty_launches(architecture, dtype, CONTENDERS, t, "weighted")[0]
             label = f"novelty, distances of {CONTENDERS} contenders to {t:,} picks, {kind}"
             yield label, launch, novel.work(launch, CONTENDERS, t, NOVEL_D)
+        launch = projection_launch(architecture, dtype, "rademacher")
+        label = f"random_projection, dense signs, {PROJECTED} x {ADAPTERS:,} to {PROJECTION_K:,}, {kind}"
+        yield label, launch, projection.work(launch, PROJECTED, ADAPTERS, PROJECTION_K)
 
 
 def main() -> None:
@@ -239,6 +265,12 @@ def main() -> None:
                 hours = LESS_ROWS * LESS_CHECKPOINTS * (seconds + both) / 3600
                 print(f"| {mode} | {name} | {1e3 * seconds:.2f} ms | {1e3 * floor:.2f} ms | {of_it} "
                       f"| {100 * seconds / both:.1f} % | {hours:.1f} h |", flush=True)  # fmt: skip
+    if "random_projection".startswith(wanted):
+        for name, chip in CHIPS.items():
+            for dtype in (torch.bfloat16, torch.float32):
+                kind = str(dtype).removeprefix("torch.")
+                label = f"random_projection, sjlt, {PROJECTED} x {ADAPTERS:,} to {PROJECTION_K:,}, {kind}"
+                print(f"| {label} | {name} | {sjlt(chip, dtype)}", flush=True)
     if "facility_location".startswith(wanted):
         print(f"\n| greedy, n = {GREEDY_ROWS:,}, d = {GAINS_D:,}, k = {GREEDY_PICKS:,} | updates | floor | 16 a pick |")
         print("| --- | --- | --- | --- |")

@@ -38,6 +38,17 @@ def counter_word(counter, inner, outer):
 
 
 @triton.jit
+def aligned_word(counter, offset, inner, outer):
+    """counter_word(counter + offset) where no carry leaves the low half: an int64 counter, uint32 offsets.
+
+    What depends on the counter alone is then computed once, not for each offset.
+    """
+    low = (counter & 0xFFFFFFFF).to(tl.uint32)
+    high = (counter >> 32).to(tl.uint32)
+    return mixed(mixed((low + offset) ^ inner) ^ (high * 0x9E3779B9 + outer))
+
+
+@triton.jit
 def inverse(odd):
     """The uint32 inverse of odd uint32 numbers modulo 2^32: Newton, 3 right bits at first, twice as many each time."""
     x = odd
