@@ -167,6 +167,8 @@ def plan(
     b, p = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     common = {"x_ptr": x, "B": b, "P": p, "K": k, "first": first, "stride_b": x.stride(0)}
+    names: tuple[str, ...]
+    keys: tuple[int, ...]
     if kind == "sjlt":
         bits = (k // sparsity).bit_length() - 1
         segment_bits, segments = _segments(first, p, max(16, bits + 3))
