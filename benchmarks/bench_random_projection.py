@@ -30,7 +30,7 @@ def check_columns(x, k, options):
         truth += tile @ rng.rademacher_signs(options["seed"], numbers, torch.arange(32)).double()
 
     def check(got, other):
-        torch.testing.assert_close(got[:, :32].double(), truth, rtol=0, atol=3e-6 * float(truth.abs().max()))
+        torch.testing.assert_close(got[:, :32].double(), truth, rtol=0, atol=8e-6 * float(truth.abs().max()))
         check_norms(x, k)(got, other)
 
     return check

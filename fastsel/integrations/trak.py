@@ -4,9 +4,9 @@
     from fastsel.integrations.trak import BasicProjector, CudaProjector, ProjectionType  # after
 
 Projector (CudaProjector is another name of it) runs on CPUs and GPUs alike. Its matrix is a function of seed, model_id
-and coordinate alone: the same on every device and GPU model, whatever the batch, so that gradients projected on different
-machines compare, which TRAK's CUDA kernel, whose matrix depends on the number of multiprocessors, does not give.
-BasicProjector gives the bits of TRAK 0.3.2's. Nothing is scaled by 1 / sqrt(proj_dim), as in TRAK; "sjlt" keeps lengths.
+and coordinate alone: the same on every device and GPU model, whatever the batch. Gradients projected on different
+machines compare, which they do not with TRAK's CUDA kernel, whose matrix depends on the number of multiprocessors.
+BasicProjector gives the bits of TRAK 0.3.2's. As in TRAK nothing is scaled by 1 / sqrt(proj_dim); "sjlt" keeps lengths.
 """
 
 from collections.abc import Mapping

@@ -54,7 +54,7 @@ def test_matches_float64_blocks_at_full_size(case):
             tile = x[:, start : start + (1 << 16)].double()
             numbers = torch.arange(case.first + start, case.first + start + tile.shape[1])
             truth += tile @ rng.rademacher_signs(options["seed"], numbers, columns).double()
-    torch.testing.assert_close(got.double(), truth, rtol=0, atol=3e-6 * float(truth.abs().max()))
+    torch.testing.assert_close(got.double(), truth, rtol=0, atol=8e-6 * float(truth.abs().max()))
 
 
 @pytest.mark.parametrize("implementation", ALL)
