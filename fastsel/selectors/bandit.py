@@ -165,7 +165,7 @@ class _SharedStream:
     """random.sample of the rows left, in the order of the pool, from one stream for all clusters."""
 
     def __init__(self, members: list[NDArray[np.int64]], seed: int) -> None:
-        self.left = [rows.tolist() for rows in members]
+        self.left: list[list[int]] = [rows.tolist() for rows in members]
         self.random = Random(seed)
         self.is_own = [True] * len(members)
 

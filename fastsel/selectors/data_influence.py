@@ -128,7 +128,8 @@ def influences(
         for i, (g, (_, a, b)) in enumerate(_with(part, spans)):
             rows = slice(start, start + len(g))
             found[rows] -= (dots[rows, i] - np.einsum("bp,mp->bm", g, sums[:, a:b])) * inverse[i]
-    return found.T.copy() if each else found[:, 0].copy()
+    per_row: NDArray[np.float64] = found.T.copy() if each else found[:, 0].copy()
+    return per_row
 
 
 def _with(

@@ -179,7 +179,7 @@ class _Walker:
         """Choose up to n_rows rows along component i."""
         wanted = min(n_rows, self.n_left)
         while wanted:
-            row = self._begin(i)
+            row: int | None = self._begin(i)
             while row is not None:
                 wanted -= 1
                 row = self._next() if wanted else None

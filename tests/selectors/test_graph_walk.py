@@ -269,6 +269,21 @@ def test_edges_a_cosine_of_zero_is_no_conflict():
     assert found.walk.tolist() == [0] * 40
 
 
+def test_edges_a_conflict_that_float32_cannot_see():
+    """Cosines of 1e-9 of either sign with the first pick: a row below 0 starts a walk of its own."""
+    x = np.array([[1, 0, 0], [-1e-9, 1, 0], [1e-9, 0, 1]])
+    assert assert_is_naive(x, 3, x[:1], [1.0], consistency=0.0).walk.tolist() == [0, 0, 1]
+
+
+def test_edges_rows_that_float32_cannot_tell_apart():
+    """More of them than are decided at a time, their cosines with the first pick 1e-10 apart and in no order."""
+    generator = np.random.default_rng(0)
+    x = np.zeros((151, 151))
+    x[:, 0] = 1
+    x[np.arange(1, 151), np.arange(1, 151)] = 0.01 * (1 + 1e-6 * generator.permutation(150))
+    assert_is_naive(x, 20, x[:1], [1.0])
+
+
 def test_weights_share_out_the_rows():
     x, components = data(2, 100, 12, 3, 0.5)
     found = walked(x, 10, components=components, weights=[5, 0, 2])
