@@ -53,14 +53,14 @@ def read_gradient_file(path: str | Path) -> GradientFile:
     path = Path(path)
     if path.is_dir():
         if (path / "info.json").is_file() and (path / "gradients.bin").is_file():
-            return _checked(_bergson(path), str(path))
+            return checked(_bergson(path), str(path))
         found = [path / name for name in reversed(LESS_FILES) if (path / name).is_file()]
         if not found:
             shards = sorted(path.glob("grads-*.pt"))
             advice = f"; {shards[0].name} is a shard, which LESS merges at its end" if shards else ""
             raise InputError(f"{path} holds neither {' nor '.join(LESS_FILES)} nor bergson's gradients.bin{advice}")
         path = found[0]
-    return _checked(_less(path), str(path))
+    return checked(_less(path), str(path))
 
 
 def _less(path: Path) -> NDArray[np.floating[Any]]:
@@ -92,7 +92,8 @@ def _bergson(folder: Path) -> NDArray[np.floating[Any]]:
     return np.memmap(path, dtype=base, mode="r", shape=(n, width))
 
 
-def _checked(matrix: NDArray[np.floating[Any]], name: str, block: int = 4096) -> GradientFile:
+def checked(matrix: NDArray[np.floating[Any]], name: str, block: int = 4096) -> GradientFile:
+    """A matrix [n, k] as a file of that name, its rows looked at."""
     flagged: dict[int, str] = {}
     is_normalised = len(matrix) > 0
     for start in range(0, len(matrix), block):

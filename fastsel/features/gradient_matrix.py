@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastsel.errors import InputError, UsageError
+from fastsel.features.gradient_files import GradientFile, checked, read_gradient_file
 from fastsel.features.gradients import LoraGradients, lora_gradients
 from fastsel.features.targets import Target
 from fastsel.io.examples import OK, SKIPPED
@@ -69,54 +70,71 @@ class GradientMatrix:
 
 
 def given_matrix(pool: "Pool", gradients: Any, target_gradients: Any) -> GradientMatrix:
-    """Gradients that the user brings.
+    """Gradients that the user brings. Rows of zeros, or that are not finite, count as rows without a gradient.
 
     Args:
-        gradients: [n, k], one row for each pool row: an array, a .npy file, or a .pt file with one tensor, as LESS's
-            all_orig.pt. Files are mapped.
+        gradients: [n, k], one row for each pool row: an array, a .npy file, or what read_gradient_file takes.
         target_gradients: [t, k], the same for the target.
 
     Raises:
-        InputError: a file cannot be read, or has other rows than the pool or other columns than the other.
+        InputError: a file cannot be read, or has other rows than the pool or other columns than the other; no row of
+            the target can be used.
         UsageError: only one of them is given.
     """
     if gradients is None or target_gradients is None:
         raise UsageError("gradients= and target_gradients= go together: give both, or neither to compute them")
-    matrix, name = open_matrix(gradients, "gradients")
-    target, target_name = open_matrix(target_gradients, "target_gradients")
-    if len(matrix) != len(pool):
-        raise InputError(f"{name} has {len(matrix):,} rows, the pool {pool.name} has {len(pool):,}")
-    if matrix.shape[1] != target.shape[1]:
-        raise InputError(f"{name} has {matrix.shape[1]:,} columns, {target_name} has {target.shape[1]:,}")
-    rows = np.flatnonzero(pool.status == OK).astype(np.int64)
-    reasons = RowReasons(pool, np.zeros(len(pool), np.uint8), [None])
-    return GradientMatrix(
-        matrix if len(rows) == len(pool) else matrix[rows], rows, target, np.array(pool.status, np.uint8), reasons,
-        None, provenance={"gradients": name, "target_gradients": target_name},
+    train, target = _opened(gradients, "gradients"), _opened(target_gradients, "target_gradients")
+    if len(train.matrix) != len(pool):
+        raise InputError(f"{train.name} has {len(train.matrix):,} rows, the pool {pool.name} has {len(pool):,}")
+    if train.matrix.shape[1] != target.matrix.shape[1]:
+        raise InputError(
+            f"{train.name} has {train.matrix.shape[1]:,} columns, {target.name} has {target.matrix.shape[1]:,}"
+        )
+    usable = np.delete(np.arange(len(target.matrix)), list(target.flagged))
+    if not len(usable):
+        raise InputError(f"{target.name} has no row that can be used: {next(iter(target.flagged.values()), 'none')}")
+    notes = []
+    if target.flagged:
+        row, reason = next(iter(target.flagged.items()))
+        notes = [f"{target.name}: {len(target.flagged):,} rows do not count (row {row}: {reason})"]
+    taken = GradientMatrix(
+        train.matrix, np.arange(len(pool)), target.matrix[usable] if target.flagged else target.matrix,
+        np.array(pool.status, np.uint8), RowReasons(pool, np.zeros(len(pool), np.uint8), [None]), None, notes=notes,
+        provenance={"gradients": train.name, "target_gradients": target.name},
     )  # fmt: skip
+    rows = np.flatnonzero(pool.status == OK).astype(np.int64)
+    if len(rows) < len(pool):
+        taken.matrix, taken.rows = taken.matrix[rows], rows
+    for reason in dict.fromkeys(train.flagged.values()):
+        mask = np.zeros(len(pool), np.bool_)
+        mask[[row for row, why in train.flagged.items() if why == reason]] = True
+        taken.drop(mask, reason)
+    return taken
 
 
-def open_matrix(given: Any, what: str) -> tuple[Any, str]:
-    """(matrix, its name): see given_matrix.
+def _opened(given: Any, what: str) -> GradientFile:
+    """An array, or a file.
 
     Raises:
         InputError: it is no matrix, or its file cannot be read.
     """
     name = what
     if isinstance(given, (str, Path)):
+        if Path(given).suffix != ".npy":
+            return read_gradient_file(given)
         name = str(given)
         try:
-            if Path(given).suffix == ".npy":
-                given = np.load(given, mmap_mode="r", allow_pickle=False)
-            else:
-                given = torch.load(given, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch raises what its zip reader and unpickler raise
-            raise InputError(f"{what} {name} cannot be read as a .npy matrix or a .pt tensor: {error}") from None
-    if not isinstance(given, torch.Tensor):
+            given = np.load(given, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{what} {name} cannot be read: {error}") from None
+    elif isinstance(given, torch.Tensor):
+        given = given.detach().cpu()
+        given = (given.float() if given.dtype == torch.bfloat16 else given).numpy()
+    else:
         given = np.asanyarray(given)
-    if given.ndim != 2:
-        raise InputError(f"{what} {name} must be a matrix [rows, columns], got {list(given.shape)}")
-    return given, name
+    if given.ndim != 2 or given.dtype.kind not in "fiu":
+        raise InputError(f"{what} {name} must be a matrix of numbers [rows, columns], got {given.dtype} {given.shape}")
+    return checked(given, name)
 
 
 def projected(

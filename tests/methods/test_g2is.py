@@ -89,6 +89,15 @@ def test_the_users_own_gradients(tmp_path, lora_run, kind):
     assert selection.gains[selection.indices].tolist() == gains.tolist()
 
 
+def test_given_rows_of_zeros_or_nan_are_left_out(lora_run):
+    x, target = vectors()
+    x[3], x[5, 2], target[1] = 0, np.nan, 0
+    selection = fastsel.g2is(lora_run["pool"], gradients=x, target_gradients=target, budget=1.0)
+    assert sorted(selection.indices.tolist()) == sorted(set(range(N)) - {3, 5, 7})
+    assert "all zeros" in selection.reasons[3] and "NaN" in selection.reasons[5]
+    assert "1 rows do not count (row 1" in selection.notes[0]
+
+
 def test_quotas_and_leaks(lora_run):
     x, target = vectors()
     selection = fastsel.g2is(lora_run["pool"], gradients=x, target_gradients=target, budget=10, per="source")
