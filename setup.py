@@ -36,6 +36,7 @@ def sources_hash() -> str:
     digest = hashlib.sha256()
     for path in [
         *sorted(Path("kernels").glob("*/cpu_native.cpp")),
+        *sorted(Path("kernels").glob("*/*.h")),
         *sorted(Path("kernels/_runtime/native").glob("*.h")),
     ]:
         digest.update(path.name.encode() + path.read_bytes())
@@ -110,7 +111,9 @@ setup(
         Extension(
             "fastsel.kernels._runtime._native",
             sources,
-            depends=sorted(str(path) for path in Path("kernels/_runtime/native").glob("*.h")),
+            depends=sorted(
+                str(path) for pattern in ("*/*.h", "_runtime/native/*.h") for path in Path("kernels").glob(pattern)
+            ),
             optional=True,
         )
     ]

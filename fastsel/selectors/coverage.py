@@ -2,7 +2,7 @@
 
     f(A) = sum_v weights[v] max(floor, max over a in A of s(a, v)) - (the same of the empty set)
 
-Float32 gains of all candidates come from the facility_location kernel; float64 ones of a few rows from similarity_rows.
+Float32 gains of all candidates come from the facility_location kernel; float64 ones of a few from similarities_above.
 """
 
 from collections.abc import Iterator
@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastsel.kernels.facility_location import PackedCandidates, facility_location, pack_candidates, similarity_rows
+from fastsel.kernels.facility_location import PackedCandidates, facility_location, pack_candidates, similarities_above
+from fastsel.selectors.kept_rows import KeptRows
 from fastsel.selectors.rows import BLOCK_ROWS, Rows
 
-CACHE_BYTES = 16 << 20  # of similarity rows kept: a contender of one pick is often one of the next
+CACHE_BYTES = 16 << 20  # of similarities kept: a contender of one pick is often one of the next
+PAIR_BYTES = 12
 
 
 class Coverage:
@@ -22,11 +24,12 @@ class Coverage:
 
     Attributes:
         n, m: numbers of candidates and points.
-        best: float64 [m] on the points' device; -inf while is_empty.
+        best: float64 [m] on the CPU; -inf while is_empty.
+        kept: similarities of contenders in float64.
         is_empty: whether there is neither a pick nor a floor.
         columns: points passed to all candidates so far, and m / n for each row fetched: `columns / m` is the number of
             passes over all pairs (a pass whose other half follows by symmetry counts half).
-        fetched: similarity rows made in float64.
+        fetched: rows whose similarities were made in float64, to the points that they may improve.
         in_bytes: whether gains come from rows rounded to bytes, three times as fast (where the processor can).
     """
 
@@ -44,9 +47,9 @@ class Coverage:
         self.n, self.m, self.device = candidates.n, points.n, points.device
         self._similarity, self._gamma = ("dot" if similarity == "cosine" else similarity), gamma
         self._implementation = implementation
-        self._weights = None if weights is None else torch.from_numpy(weights).to(self.device)
+        self._weights = weights
         start = -torch.inf if floor is None else floor
-        self.best = torch.full((self.m,), start, dtype=torch.float64, device=self.device)
+        self.best = torch.full((self.m,), start, dtype=torch.float64)
         self.is_empty = floor is None
         self._lengths = torch.from_numpy(points.lengths).to(self.device) if points.unit else None
         # Squared distances are differences of squared lengths in float32: the nearer to the origin, the more exact.
@@ -55,10 +58,8 @@ class Coverage:
         self._is_streamed = candidates.is_mapped or points.is_mapped
         self._packed: torch.Tensor | PackedCandidates | None = None
         self.in_bytes = self._similarity == "dot" and not self._is_streamed
-        slots = min(self.n, max(32, CACHE_BYTES // (8 * max(1, self.m))))
-        self._kept = torch.zeros(slots, self.m, dtype=torch.float64, device=self.device)
-        self._row_in_slot = np.full(slots, -1)
-        self._slot_of: dict[int, int] = {}
+        self._packed_points: PackedCandidates | None = None
+        self.kept = KeptRows(self.n, max(32 * self.m, CACHE_BYTES // PAIR_BYTES))
         self.columns, self.fetched = 0.0, 0
 
     @property
@@ -79,71 +80,56 @@ class Coverage:
 
     def leave_bytes(self) -> None:
         """From now on gains come from float32 rows; they have to be made from scratch."""
-        self.in_bytes, self._packed = False, None
+        self.in_bytes, self._packed, self._packed_points = False, None, None
 
     def fetch(self, rows: NDArray[np.int64], least_wanted: NDArray[np.int64]) -> None:
-        """Make the float64 similarity rows of these candidates and keep them, in place of the least wanted ones.
+        """Make float64 similarities of these candidates to the points that they may improve, and keep them.
 
         Args:
-            rows: candidates whose rows are not kept; at most half of what there is room for.
-            least_wanted: kept candidates that may go, the first ones first.
+            rows: candidates that are not kept; at most `room`.
+            least_wanted: kept candidates that may go where room is short, the first ones first.
         """
-        made = similarity_rows(
-            self.candidates.exact(rows), self.points.given, lengths=self._lengths, similarity=self._similarity,
-            gamma=self._gamma,
+        pairs = similarities_above(
+            self.candidates.exact(rows), self.points.given, self.best, packed=self._screen(), lengths=self._lengths,
+            similarity=self._similarity, gamma=self._gamma,
         )  # fmt: skip
-        free = np.flatnonzero(self._row_in_slot < 0)[: len(rows)].tolist()
-        for row in least_wanted[: len(rows) - len(free)].tolist():
-            free.append(self._slot_of.pop(row))
-        for i, (row, slot) in enumerate(zip(rows.tolist(), free, strict=True)):
-            self._kept[slot], self._row_in_slot[slot], self._slot_of[row] = made[i], row, slot
+        self.kept.keep(rows, pairs, least_wanted)
         self.fetched += len(rows)
         self.columns += len(rows) * self.m / max(1, self.n)
 
     @property
-    def kept(self) -> NDArray[np.int64]:
-        """The candidates whose similarity rows are kept."""
-        return self._row_in_slot[self._row_in_slot >= 0].astype(np.int64)
-
-    @property
     def room(self) -> int:
-        """How many similarity rows can be kept."""
-        return len(self._row_in_slot)
-
-    def row(self, candidate: int) -> torch.Tensor:
-        """Float64 [m]: the kept similarities of a candidate to all points."""
-        return self._kept[self._slot_of[candidate]]
+        """How many rows can be fetched at a time."""
+        return max(1, self.kept.capacity // (2 * max(1, self.m)))
 
     def exact_gains(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """What these candidates, whose rows are kept, would add now: float64, the same bits for any thread count."""
-        return np.array([self.gain_of(self.row(row)) for row in rows.tolist()])
+        """What these candidates, which are kept, would add now: float64, the same bits for any thread count."""
+        return self.kept.gains(rows, self.best.numpy(), self._weights)
 
-    def gain_of(self, similarities: torch.Tensor) -> float:
-        """What a row with these similarities [m] would add."""
-        terms = similarities.clone() if self.is_empty else (similarities - self.best).clamp_(min=0)
-        if self._weights is not None:
-            terms *= self._weights
-        # numpy adds pairwise on one thread; torch splits a long sum by the number of threads.
-        return float(terms.numpy().sum()) if terms.device.type == "cpu" else float(terms.sum())
-
-    def add(self, similarities: torch.Tensor) -> None:
-        """Take a row with these similarities [m] among the chosen."""
-        self.best, self.is_empty = torch.maximum(self.best, similarities), False
+    def add(self, row: int) -> None:
+        """Take a candidate that is kept among the chosen."""
+        points, similarities = self.kept.pairs_of(row)
+        best = self.best.numpy()
+        best[points] = np.maximum(best[points], similarities)
+        self.is_empty = False
 
     def _sums(self, moved: torch.Tensor | None, best: torch.Tensor, raised: torch.Tensor | None) -> NDArray[np.float64]:
         """The kernel's sums over all points, or over those given by number; best and raised belong to them."""
         total = torch.zeros(self.n, dtype=torch.float64, device=self.device)
+        weights = None if self._weights is None else torch.from_numpy(self._weights)
+        if weights is not None and moved is not None:
+            weights = weights[moved]
+        best, raised, weights = (None if x is None else x.float().to(self.device) for x in (best, raised, weights))
+        assert best is not None
         count = self.m if moved is None else len(moved)
         step = BLOCK_ROWS if self._is_streamed else max(1, count)
         for start in range(0, count, step):
             over = slice(start, min(count, start + step))
             points = self._float32(self.points, over if moved is None else moved[over])
-            weights = self._weights
-            if weights is not None:
-                weights = (weights if moved is None else weights[moved])[over].float()
             for first, block in self._candidate_blocks():
                 gains = facility_location(
-                    block, points, best[over], raised=None if raised is None else raised[over], weights=weights,
+                    block, points, best[over], raised=None if raised is None else raised[over],
+                    weights=None if weights is None else weights[over],
                     similarity=self._similarity, gamma=self._gamma, implementation=self._implementation,
                 )  # fmt: skip
                 total[first : first + len(gains)] += gains
@@ -151,20 +137,36 @@ class Coverage:
 
     def _candidate_blocks(self) -> Iterator[tuple[int, torch.Tensor | PackedCandidates]]:
         if not self._is_streamed:
-            if self._packed is None:
-                whole = self._float32(self.candidates, slice(0, self.n))
-                can_pack = self._implementation in ("auto", "native")
-                self._packed = pack_candidates(whole, in_bytes=self.in_bytes) if can_pack else whole
-                self.in_bytes = isinstance(self._packed, PackedCandidates) and self._packed.in_bytes
-            yield 0, self._packed
+            yield 0, self._pack()
             return
         for start in range(0, self.n, BLOCK_ROWS):
             yield start, self._float32(self.candidates, slice(start, min(self.n, start + BLOCK_ROWS)))
 
+    def _pack(self) -> torch.Tensor | PackedCandidates:
+        """All candidates as the kernel takes them."""
+        if self._packed is None:
+            self._packed = self._packing(self.candidates)
+            self.in_bytes = isinstance(self._packed, PackedCandidates) and self._packed.in_bytes
+        return self._packed
+
+    def _packing(self, rows: Rows) -> torch.Tensor | PackedCandidates:
+        whole = self._float32(rows, slice(0, rows.n))
+        can_pack = self._implementation in ("auto", "native")
+        return pack_candidates(whole, in_bytes=self.in_bytes) if can_pack else whole
+
+    def _screen(self) -> PackedCandidates | None:
+        """The points, packed: what shows which of them a candidate cannot improve. None where that is not known."""
+        if self._is_streamed or self._similarity != "dot":
+            return None
+        if self._packed_points is None:
+            packed = self._pack() if self.points is self.candidates else self._packing(self.points)
+            self._packed_points = packed if isinstance(packed, PackedCandidates) else None
+        return self._packed_points
+
     def _float32(self, rows: Rows, over: slice | torch.Tensor) -> torch.Tensor:
         """Float32 rows as the kernel reads them; all of them at once are kept and come as the same tensor again."""
         if self._is_streamed:
-            some: slice | NDArray[np.int64] = over if isinstance(over, slice) else over.cpu().numpy()
+            some: slice | NDArray[np.int64] = over if isinstance(over, slice) else over.numpy()
             return rows.take(some) if self._centre is None else (rows.exact(some) - self._centre).float()
         if self._centre is None:
             whole = rows.whole()
@@ -176,7 +178,9 @@ class Coverage:
                 block = slice(start, min(rows.n, start + BLOCK_ROWS))
                 whole[block] = (rows.exact(block) - self._centre).float()
             self._centred[rows] = whole
-        return whole if isinstance(over, slice) and over == slice(0, rows.n) else whole[over]
+        if isinstance(over, slice):
+            return whole if over == slice(0, rows.n) else whole[over]
+        return whole[over.to(self.device)]
 
     def _mean(self) -> torch.Tensor:
         """The points' mean row, float64 [d]."""

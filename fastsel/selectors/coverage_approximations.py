@@ -49,7 +49,7 @@ def threshold(problem: Problem, constraints: Constraints, epsilon: float, stats:
             level = -math.inf  # what is left adds next to nothing: any rows, in their order
         possible = np.flatnonzero(run.bounds() >= level)
         while len(possible):
-            batch = possible[: run.coverage.room // 2 or 1]
+            batch = possible[: run.coverage.room]
             possible = possible[len(batch) :]
             run.evaluate(batch)  # their similarities, in one reading of the points
             for row in batch.tolist():

@@ -34,8 +34,8 @@ class Problem(NamedTuple):
             self.candidates, self.points, self.weights, self.similarity, self.gamma, self.floor, self.implementation
         )
         for row in self.initial.tolist():
-            coverage.fetch(np.array([row]), coverage.kept)
-            coverage.add(coverage.row(row))
+            coverage.fetch(np.array([row]), coverage.kept.numbers)
+            coverage.add(row)
         return coverage
 
     def greedy(self, constraints: Constraints, optimizer: str) -> ExactGreedy:

@@ -99,7 +99,7 @@ class ExactGreedy:
             self._shift if isinstance(self._shift, float) else float(self._shift[row])
         )
         was_empty = self.coverage.is_empty
-        self.coverage.add(self.coverage.row(row))
+        self.coverage.add(row)
         self.constraints.take(row)
         self._step += 1
         self._is_current = False
@@ -110,10 +110,11 @@ class ExactGreedy:
         return adds
 
     def evaluate(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Float64 values of rows for the present pick; their similarity rows are kept (at most half of the room)."""
-        missing = np.setdiff1d(rows, self.coverage.kept)
+        """Float64 values of rows for the present pick; their similarities are kept (at most `room` rows)."""
+        kept = self.coverage.kept.numbers
+        missing = np.setdiff1d(rows, kept)
         if len(missing):
-            others = np.setdiff1d(self.coverage.kept, rows)
+            others = np.setdiff1d(kept, rows)
             self.coverage.fetch(missing, others)
         self._evaluate(rows)
         return self.value(self._caps[rows], rows)
@@ -145,12 +146,12 @@ class ExactGreedy:
                 can_win = (bounds - slack > bounds[winner]) | ((bounds >= best - slack) & (numbers < winner))
                 contenders = np.flatnonzero(can_win & ~is_fresh)
                 if not len(contenders):
-                    if winner in self.coverage.kept:
+                    if self.coverage.kept.has(winner):
                         return winner
                     contenders = np.array([winner])
             else:
                 contenders = np.flatnonzero(allowed & (bounds == bounds.max()))
-            kept = np.intersect1d(contenders, self.coverage.kept, assume_unique=True)
+            kept = contenders[self.coverage.kept.has_each(contenders)]
             if self._optimizer == "auto" and not self._is_current and not 0 < len(kept) <= STALE_LOOKS:
                 self._sync()
             elif len(kept):
@@ -180,8 +181,8 @@ class ExactGreedy:
     ) -> None:
         """Fetch the contenders with the largest bounds, and the rows next to them: reading the points costs most."""
         coverage = self.coverage
-        batch = min(batch, coverage.room // 2 or 1)
-        kept = coverage.kept
+        batch = min(batch, coverage.room)
+        kept = coverage.kept.numbers
         wanted = contenders[_largest(bounds[contenders], batch)]
         if len(wanted) < batch:
             others = bounds.copy()

@@ -83,7 +83,8 @@ def _library() -> ctypes.CDLL | str:
 def _sources_hash() -> str:
     """As setup.py computes it, of the C++ that is installed beside this file."""
     digest = hashlib.sha256()
-    for path in [*sorted(KERNELS.glob("*/cpu_native.cpp")), *sorted(KERNELS.glob("_runtime/native/*.h"))]:
+    patterns = ("*/cpu_native.cpp", "*/*.h", "_runtime/native/*.h")
+    for path in (path for pattern in patterns for path in sorted(KERNELS.glob(pattern))):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -16,28 +16,24 @@
 #include <math.h>
 #include <omp.h>
 
-#if defined(__AVX512VNNI__)
-#include <immintrin.h>
-#endif
-
+#include "exact_rows.h"
 #include "export.h"
-#include "matrix_tile.h"
-#include "vectors.h"
+#include "packed_rows.h"
+#include "products.h"
 
 namespace {
 
-constexpr int64_t ROWS = 96;           // a multiple of every TILE_ROWS and TILE_COLUMNS
 constexpr int64_t BLOCK = 5 * ROWS;    // points
-constexpr int64_t DEPTH_BLOCK = 256;   // terms of one chain of multiply-adds; longer sums are added block by block
 constexpr int64_t PLACES_BYTES = 8 << 20;
 constexpr int64_t MOST_BLOCKS = 8;     // packed at a time: 5.9 MB at d = 384
 constexpr float NEVER = 3e38f;         // best and raised of the points that fill up a block: no similarity exceeds it
-static_assert(ROWS % TILE_ROWS == 0 && ROWS % TILE_COLUMNS == 0, "a group of candidates is whole panels, both ways");
 
 typedef double Doubles __attribute__((vector_size(LANES * 8)));
 
-static inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline float* aligned(float* room) {
+    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(room) + 63) & ~uintptr_t{63});
+}
+
 static inline Doubles widened(Floats x) { return __builtin_convertvector(x, Doubles); }
 
 static inline double sum_of(const Doubles& x) {
@@ -47,31 +43,6 @@ static inline double sum_of(const Doubles& x) {
 }
 
 enum Similarity : int32_t { DOT = 0, RBF = 1, EXP_DISTANCE = 2 };
-
-struct Matrix {
-    const void* rows;
-    int64_t stride, count;
-    ElementType type;
-
-    const void* row(int64_t i) const { return static_cast<const char*>(rows) + i * stride * (type == FLOAT32 ? 4 : 2); }
-};
-
-// Packed candidates: panels of floats with squared lengths behind them, or panels of bytes with, for each candidate, its
-// scale and -128 times the sum of its bytes.
-struct Packed {
-    const float *panels, *lengths;
-    const int8_t* bytes;
-    const float* scales;
-    const int32_t* offsets;
-
-    Packed(const void* base, bool in_bytes, int64_t padded, int64_t d) {
-        panels = static_cast<const float*>(base), lengths = panels + padded * d;
-        const int64_t quads = (d + 3) / 4;
-        bytes = in_bytes ? static_cast<const int8_t*>(base) : nullptr;
-        scales = reinterpret_cast<const float*>(static_cast<const int8_t*>(base) + padded * quads * 4);
-        offsets = reinterpret_cast<const int32_t*>(scales + padded);
-    }
-};
 
 struct Problem {
     Matrix points;
@@ -83,9 +54,9 @@ struct Problem {
 };
 
 // What is known of each point, or of each candidate as a point: max(s, best) - base is max(s - best, 0), and s itself
-// where best is -inf.
+// where best is -inf. scale: of its bytes; of floats the squared length.
 struct Known {
-    float *best, *base, *raised, *weight, *length;
+    float *best, *base, *raised, *weight, *scale;
 };
 
 static inline Floats square_root(Floats x) {
@@ -94,101 +65,12 @@ static inline Floats square_root(Floats x) {
     return root;
 }
 
-// The squared lengths of the WIDTH rows of a panel.
-template <int WIDTH>
-static void lengths_of_panel(const float* panel, int64_t d, float* lengths) {
-    double sums[WIDTH] = {};
-    for (int64_t k = 0; k < d; ++k)
-        for (int r = 0; r < WIDTH; ++r) sums[r] += static_cast<double>(panel[k * WIDTH + r]) * panel[k * WIDTH + r];
-    for (int r = 0; r < WIDTH; ++r) lengths[r] = static_cast<float>(sums[r]);
-}
-
-// tile[r][column] = candidate r . point column for ROWS candidates and one panel of points.
-static void multiply_group(const float* candidates, const float* points, int64_t d, int64_t count, float* tile) {
-    for (int64_t k = 0; k < d; k += DEPTH_BLOCK) {
-        const int64_t depth = smaller(DEPTH_BLOCK, d - k);
-        for (int64_t r = 0; r < count; r += TILE_ROWS) {
-            const float* left = candidates + r * d + k * TILE_ROWS;
-            const float* right = points + k * TILE_COLUMNS;
-            if (k == 0)
-                multiply_tile<false>(left, right, depth, tile + r * TILE_COLUMNS, TILE_COLUMNS);
-            else
-                multiply_tile<true>(left, right, depth, tile + r * TILE_COLUMNS, TILE_COLUMNS);
-        }
-    }
-}
-
-// bytes[k / 4][WIDTH][4] of the rows of a panel as x = scale * byte, `zero` added to each byte; rows from `count` on, and
-// columns up to a multiple of 4, are zeros. `row` is room for one row.
-template <int WIDTH>
-static void pack_bytes(
-    ElementType type, const Matrix& matrix, int64_t first, int64_t count, int64_t d, int zero, float* row, uint8_t* bytes,
-    float* scales, int32_t* offsets) {
-    const int64_t quads = (d + 3) / 4;
-    for (int r = 0; r < WIDTH; ++r) {
-        float largest = 0;
-        if (r < count) {
-            pack_panel<1>(type, matrix.row(first + r), matrix.stride, 1, d, row);
-            for (int64_t k = 0; k < d; ++k) largest = fabsf(row[k]) > largest ? fabsf(row[k]) : largest;
-        }
-        const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-        int32_t sum = 0;
-        for (int64_t k = 0; k < 4 * quads; ++k) {
-            const float scaled = largest > 0 && k < d ? row[k] * inverse : 0.0f;
-            const int32_t byte = static_cast<int32_t>(scaled + (scaled < 0 ? -0.5f : 0.5f));
-            sum += byte;
-            bytes[(k / 4 * WIDTH + r) * 4 + k % 4] = static_cast<uint8_t>(byte + zero);
-        }
-        scales[r] = largest / 127.0f;
-        if (offsets) offsets[r] = -128 * sum;
-    }
-}
-
-#if defined(__AVX512VNNI__)
-// sums[lane] += the four products of unsigned by signed bytes. The intrinsic makes GCC 12 keep sums on the stack.
-static inline void add_products(__m512i& sums, __m512i unsigned_bytes, __m512i signed_bytes) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(unsigned_bytes), "v"(signed_bytes));
-}
-
-// As multiply_group, from bytes: points are stored plus 128, which each candidate's offset takes away again.
-static void multiply_bytes(
-    const int8_t* candidates, const float* scales, const int32_t* offsets, const uint8_t* points, const float* point_scales,
-    int64_t quads, int64_t count, float* tile) {
-    const Floats point_scale[2] = {load(point_scales), load(point_scales + LANES)};
-    for (int64_t r = 0; r < count; r += TILE_ROWS) {
-        const int8_t* left = candidates + r * quads * 4;
-        __m512i low[TILE_ROWS], high[TILE_ROWS];
-#pragma GCC unroll 12
-        for (int i = 0; i < TILE_ROWS; ++i) low[i] = high[i] = _mm512_set1_epi32(offsets[r + i]);
-        for (int64_t k = 0; k < quads; ++k) {
-            const __m512i right_low = _mm512_loadu_si512(points + k * TILE_COLUMNS * 4);
-            const __m512i right_high = _mm512_loadu_si512(points + k * TILE_COLUMNS * 4 + 64);
-#pragma GCC unroll 12
-            for (int i = 0; i < TILE_ROWS; ++i) {
-                int32_t four;
-                memcpy(&four, left + (k * TILE_ROWS + i) * 4, 4);
-                const __m512i one = _mm512_set1_epi32(four);
-                add_products(low[i], right_low, one);
-                add_products(high[i], right_high, one);
-            }
-        }
-#pragma GCC unroll 12
-        for (int i = 0; i < TILE_ROWS; ++i) {
-            float* const to = tile + (r + i) * TILE_COLUMNS;
-            const Ints sums[2] = {reinterpret_cast<Ints>(low[i]), reinterpret_cast<Ints>(high[i])};
-            for (int half = 0; half < 2; ++half)
-                store(to + half * LANES, __builtin_convertvector(sums[half], Floats) * (scales[r + i] * point_scale[half]));
-        }
-    }
-}
-#endif
-
 // Dot products to similarities that fall with the distance.
-static void bend_group(const Problem& p, const float* lengths, const float* point_lengths, int64_t count, float* tile) {
+static void bend_group(const Problem& p, const float* squares, const float* point_squares, int64_t count, float* tile) {
     for (int64_t r = 0; r < count; ++r)
         for (int c = 0; c < TILE_COLUMNS; c += LANES) {
             float* const at = tile + r * TILE_COLUMNS + c;
-            const Floats squared = greater(lengths[r] + load(point_lengths + c) - 2.0f * load(at), Floats{});
+            const Floats squared = greater(squares[r] + load(point_squares + c) - 2.0f * load(at), Floats{});
             store(at, exponential(-p.gamma * (p.similarity == RBF ? squared : square_root(squared))));
         }
 }
@@ -277,17 +159,9 @@ static void run_task(
     for (int64_t c = 0; c < BLOCK; c += TILE_COLUMNS) {
         const int64_t column = block * BLOCK + c;
         if (column >= p.points.count || (p.itself && column < first_row)) continue;
-        if (candidates.bytes) {
-#if defined(__AVX512VNNI__)
-            const int64_t quads = (p.d + 3) / 4;
-            multiply_bytes(
-                candidates.bytes + first_row * quads * 4, candidates.scales + first_row, candidates.offsets + first_row,
-                reinterpret_cast<const uint8_t*>(packed) + c * quads * 4, known.length + column, quads, count, tile);
-#endif
-        } else {
-            multiply_group(candidates.panels + first_row * p.d, packed + c * p.d, p.d, count, tile);
-        }
-        if (p.similarity != DOT) bend_group(p, candidates.lengths + first_row, known.length + column, count, tile);
+        const Panel panel{packed + c * (candidates.bytes ? (p.d + 3) / 4 : p.d), known.scale + column};
+        multiply(candidates, first_row, count, panel, p.d, tile);
+        if (p.similarity != DOT) bend_group(p, candidates.squares + first_row, known.scale + column, count, tile);
         reduce_rows<RAISED>(tile, count, known, column, sums);
         if (p.itself && column >= first_row + ROWS) reduce_columns(tile, count, known, first_row, column_sums + c);
     }
@@ -298,7 +172,7 @@ template <bool RAISED>
 static void run(const Problem& p, const Packed& candidates, int threads, float* workspace, double* gains) {
     const int64_t m = p.points.count;
     const Layout layout(p.n, m, p.d, p.itself);
-    float* const packed = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(workspace) + 63) & ~uintptr_t{63});
+    float* const packed = aligned(workspace);
     const Known known = known_of(packed + layout.packed_floats, layout.padded);
     double* const places = reinterpret_cast<double*>(packed + layout.packed_floats + layout.known_floats);
     float* const rows = reinterpret_cast<float*>(places + layout.together * layout.groups * layout.place_doubles);
@@ -317,14 +191,15 @@ static void run(const Problem& p, const Packed& candidates, int threads, float* 
                 if (candidates.bytes) {
                     const int64_t quads = (p.d + 3) / 4, thread = omp_get_thread_num();
                     pack_bytes<TILE_COLUMNS>(
-                        p.points.type, p.points, first + c, m - first - c, p.d, 128, rows + thread * p.d,
-                        reinterpret_cast<uint8_t*>(packed) + c * quads * 4, known.length + first + c, nullptr);
+                        p.points, first + c, m - first - c, p.d, 128, rows + thread * p.d,
+                        reinterpret_cast<uint8_t*>(packed) + c * quads * 4, known.scale + first + c, nullptr, nullptr,
+                        nullptr);
                     continue;
                 }
                 float* const panel = packed + c * p.d;
                 pack_panel<TILE_COLUMNS>(
                     p.points.type, p.points.row(first + c), p.points.stride, m - first - c, p.d, panel);
-                if (p.similarity != DOT) lengths_of_panel<TILE_COLUMNS>(panel, p.d, known.length + first + c);
+                if (p.similarity != DOT) lengths_of_panel<TILE_COLUMNS>(panel, p.d, nullptr, known.scale + first + c);
             }
 #pragma omp for schedule(dynamic, 1)
             for (int64_t task = 0; task < blocks * layout.groups; ++task) {
@@ -348,50 +223,6 @@ static void run(const Problem& p, const Packed& candidates, int threads, float* 
             }
         }
     }
-}
-
-// One row in float64, filled up to padded_d with zeros. One loop a type, each a vector conversion.
-static void widen_row(const void* points, int64_t type, int64_t offset, int64_t d, int64_t padded_d, double* row) {
-    const float* const floats = static_cast<const float*>(points) + offset;
-    if (type == FLOAT32)
-        for (int64_t k = 0; k < d; ++k) row[k] = floats[k];
-    else if (type == 3)
-        memcpy(row, static_cast<const double*>(points) + offset, d * sizeof(double));
-    else
-        for (int64_t k = 0; k < d; ++k)
-            row[k] = type == BFLOAT16 ? load_one<BFLOAT16>(points, offset + k) : load_one<FLOAT16>(points, offset + k);
-    for (int64_t k = d; k < padded_d; ++k) row[k] = 0;
-}
-
-typedef double ExactAnywhere __attribute__((vector_size(LANES * 4), aligned(8), may_alias));
-typedef double Exact __attribute__((vector_size(LANES * 4)));
-constexpr int EXACT_LANES = LANES / 2;
-constexpr int EXACT_POINTS = 4, EXACT_ROWS = LANES == 16 ? 4 : 2;
-
-// out[q][p] = row q . point p, or their squared distance; each is one chain a lane, wherever it lies in the tile.
-template <bool DISTANCE>
-static void exact_tile(const double* rows, const double* points, int64_t padded_d, double out[][EXACT_POINTS]) {
-    Exact sums[EXACT_ROWS][EXACT_POINTS] = {};
-    for (int64_t k = 0; k < padded_d; k += EXACT_LANES) {
-        Exact point[EXACT_POINTS];
-        for (int p = 0; p < EXACT_POINTS; ++p) point[p] = *reinterpret_cast<const ExactAnywhere*>(points + p * padded_d + k);
-        for (int q = 0; q < EXACT_ROWS; ++q) {
-            const Exact row = *reinterpret_cast<const ExactAnywhere*>(rows + q * padded_d + k);
-            for (int p = 0; p < EXACT_POINTS; ++p) {
-                if (DISTANCE) {
-                    const Exact difference = row - point[p];
-                    sums[q][p] += difference * difference;
-                } else {
-                    sums[q][p] += row * point[p];
-                }
-            }
-        }
-    }
-    for (int q = 0; q < EXACT_ROWS; ++q)
-        for (int p = 0; p < EXACT_POINTS; ++p) {
-            out[q][p] = 0;
-            for (int lane = 0; lane < EXACT_LANES; ++lane) out[q][p] += sums[q][p][lane];
-        }
 }
 
 }  // namespace
@@ -430,10 +261,63 @@ FASTSEL_EXPORT(facility_location_rows)(
     }
 }
 
+// Which of the rows [b, d] (float32, b <= 32, at unit stride) may exceed best at which of m packed points: a bit of masks
+// [m] for each row, and counts [groups of ROWS points][32] of them. workspace: 33 * d + 96 floats.
+FASTSEL_EXPORT(facility_location_screen)(
+    const float* panels, int32_t in_bytes, int64_t m, int64_t d, const float* rows, int64_t b, const double* best,
+    int32_t threads, float* workspace, uint32_t* masks, int32_t* counts) {
+    const int64_t groups = divided_up(m, ROWS);
+    const Packed points(panels, in_bytes != 0, groups * ROWS, d);
+    memset(masks, 0, m * sizeof(uint32_t));
+    for (int64_t first = 0; first < b; first += TILE_COLUMNS) {
+        float scales[TILE_COLUMNS] = {};
+        const Screened screened =
+            pack_screened({rows, d, b, FLOAT32}, first, in_bytes != 0, d, scales, aligned(workspace));
+#pragma omp parallel for schedule(static) num_threads(threads)
+        for (int64_t group = 0; group < groups; ++group)
+            screen_group(
+                points, group * ROWS, smaller(ROWS, m - group * ROWS), d, screened, static_cast<int>(first), best, masks);
+    }
+    const uint32_t real = b < SCREENED ? (uint32_t{1} << b) - 1 : ~uint32_t{0};
+    for (int64_t group = 0; group < groups; ++group) {
+        int32_t* const of_group = counts + group * SCREENED;
+        memset(of_group, 0, SCREENED * sizeof(int32_t));
+        for (int64_t v = group * ROWS; v < smaller((group + 1) * ROWS, m); ++v) {
+            masks[v] &= real;
+            for (uint32_t bits = masks[v]; bits; bits &= bits - 1) ++of_group[__builtin_ctz(bits)];
+        }
+    }
+}
+
+// Float64 similarities of the pairs in masks. rows: float64 [b, padded_d], filled with zeros to a multiple of 32; points,
+// lengths as in facility_location_rows. places [groups][32]: where the first pair of a row within a group goes; left past
+// the last. workspace: padded_d doubles a thread.
+FASTSEL_EXPORT(facility_location_pairs)(
+    const uint32_t* masks, int64_t* places, const double* rows, int64_t padded_d, const void* points, int64_t stride,
+    int32_t type, int64_t m, int64_t d, const double* lengths, int32_t threads, double* workspace, int32_t* numbers,
+    double* similarities) {
+#pragma omp parallel num_threads(threads)
+    {
+        double* const point = workspace + omp_get_thread_num() * padded_d;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t group = 0; group < divided_up(m, ROWS); ++group)
+            for (int64_t v = group * ROWS; v < smaller((group + 1) * ROWS, m); ++v) {
+                if (!masks[v]) continue;
+                widen_row(points, type, v * stride, d, padded_d, point);
+                for (uint32_t bits = masks[v]; bits; bits &= bits - 1) {
+                    const int64_t row = __builtin_ctz(bits), at = places[group * SCREENED + row]++;
+                    const double s = exact_product(rows + row * padded_d, point, padded_d);
+                    numbers[at] = static_cast<int32_t>(v);
+                    similarities[at] = !lengths ? s : lengths[v] > 0 ? s / lengths[v] : 0;
+                }
+            }
+    }
+}
+
 // How many floats of room n packed candidates take, in floats or in bytes.
 FASTSEL_EXPORT(facility_location_packed)(int64_t n, int64_t d, int32_t in_bytes, int64_t* floats) {
     const int64_t padded = divided_up(n, ROWS) * ROWS;
-    *floats = in_bytes ? padded * ((d + 3) / 4) + 2 * padded : padded * d + padded;
+    *floats = Packed::floats(in_bytes != 0, padded, d);
 }
 
 // How many floats of workspace facility_location needs.
@@ -449,30 +333,34 @@ FASTSEL_EXPORT(facility_location_pack)(
     float* workspace, float* panels) {
     const Matrix matrix{candidates, stride, n, static_cast<ElementType>(type)};
     const int64_t padded = divided_up(n, ROWS) * ROWS, quads = (d + 3) / 4;
+    const Packed packed(panels, in_bytes != 0, padded, d);
+    float* const lengths = const_cast<float*>(packed.lengths);
     if (in_bytes) {
         uint8_t* const bytes = reinterpret_cast<uint8_t*>(panels);
-        float* const scales = panels + padded * quads;
-        int32_t* const offsets = reinterpret_cast<int32_t*>(scales + padded);
+        float* const scales = const_cast<float*>(packed.scales);
+        int32_t* const offsets = const_cast<int32_t*>(packed.offsets);
+        float* const rests = const_cast<float*>(packed.rests);
 #pragma omp parallel for schedule(static) num_threads(threads)
         for (int64_t i = 0; i < padded; i += TILE_ROWS)
             pack_bytes<TILE_ROWS>(
-                matrix.type, matrix, i, n - i, d, 0, workspace + omp_get_thread_num() * d, bytes + i * quads * 4,
-                scales + i, offsets + i);
+                matrix, i, n - i, d, 0, workspace + omp_get_thread_num() * d, bytes + i * quads * 4, scales + i,
+                offsets + i, lengths + i, rests + i);
         return;
     }
-    float* const lengths = panels + padded * d;
+    float* const squares = const_cast<float*>(packed.squares);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < padded; i += TILE_ROWS) {
         if (i < n)
             pack_panel<TILE_ROWS>(matrix.type, matrix.row(i), stride, n - i, d, panels + i * d);
         else
             memset(panels + i * d, 0, TILE_ROWS * d * sizeof(float));
-        lengths_of_panel<TILE_ROWS>(panels + i * d, d, lengths + i);
+        lengths_of_panel<TILE_ROWS>(panels + i * d, d, lengths + i, squares + i);
     }
 }
 
-// panels holds n packed candidates (in_bytes takes dot products of AVX-512 VNNI only); points [m, d] as above. raised and weights may be null; similarity is 0 dot,
-// 1 rbf, 2 exp_distance; itself: the points are the candidates and raised is null. gains receives n sums.
+// panels holds n packed candidates (in_bytes takes dot products of AVX-512 VNNI only); points [m, d] as above. raised
+// and weights may be null; similarity is 0 dot, 1 rbf, 2 exp_distance; itself: the points are the candidates and raised
+// is null. gains receives n sums.
 FASTSEL_EXPORT(facility_location)(
     const float* panels, int32_t in_bytes, int64_t n, int64_t d, const void* points, int64_t stride, int32_t type, int64_t m,
     const float* best, const float* raised, const float* weights, int32_t similarity, float gamma, int32_t itself,

@@ -9,6 +9,8 @@ from fastsel.kernels.facility_location.packed import PackedCandidates
 
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SIMILARITIES = {"dot": 0, "rbf": 1, "exp_distance": 2}
+SCREENED = 32  # rows that one call of similarities_above takes
+GROUP = 96  # points that the compiled code counts together
 SLAB_BYTES = 256 << 20  # candidates that come unpacked are packed and scored so many bytes at a time
 
 
@@ -115,6 +117,46 @@ def similarity_rows(
         *(threads, workspace.data_ptr(), out.data_ptr()),
     )
     return out
+
+
+def similarities_above(
+    rows: torch.Tensor, points: torch.Tensor, packed: PackedCandidates, best: torch.Tensor, lengths: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See exact.similarities_above, for packed points and at most SCREENED rows."""
+    (b, d), m, threads = rows.shape, len(points), native.num_threads()
+    assert b <= SCREENED and packed.matrix.shape == (m, d)
+    points = _unit_stride(points)
+    screened = rows.float()
+    masks = torch.empty(m, dtype=torch.int32, device="cpu")
+    counts = torch.empty(-(-m // GROUP), SCREENED, dtype=torch.int32, device="cpu")
+    workspace = torch.empty(33 * d + 96, dtype=torch.float32, device="cpu")
+    native.function(
+        "facility_location_screen",
+        *(c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int32, c_void_p, c_void_p, c_void_p),
+    )(
+        *(packed.panels.data_ptr(), packed.in_bytes, m, d, screened.data_ptr(), b, best.data_ptr(), threads),
+        *(workspace.data_ptr(), masks.data_ptr(), counts.data_ptr()),
+    )
+    starts = torch.zeros(SCREENED + 1, dtype=torch.int64, device="cpu")
+    torch.cumsum(counts.sum(0), 0, out=starts[1:])
+    places = torch.cumsum(counts, 0, dtype=torch.int64).sub_(counts).add_(starts[:-1])
+    padded = torch.zeros(b, -(-d // 32) * 32, dtype=torch.float64, device="cpu")
+    padded[:, :d] = rows
+    doubles = torch.empty(threads * padded.shape[1], dtype=torch.float64, device="cpu")
+    total = int(starts[b])
+    numbers = torch.empty(total, dtype=torch.int32, device="cpu")
+    similarities = torch.empty(total, dtype=torch.float64, device="cpu")
+    native.function(
+        "facility_location_pairs",
+        *(c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int32, c_int64, c_int64, c_void_p, c_int32),
+        *(c_void_p, c_void_p, c_void_p),
+    )(
+        *(masks.data_ptr(), places.data_ptr(), padded.data_ptr(), padded.shape[1]),
+        *(points.data_ptr(), points.stride(0), (ELEMENT_TYPES | {torch.float64: 3})[points.dtype], m, d),
+        *(None if lengths is None else lengths.data_ptr(), threads),
+        *(doubles.data_ptr(), numbers.data_ptr(), similarities.data_ptr()),
+    )
+    return starts[: b + 1], numbers, similarities
 
 
 def _refusal(matrix: torch.Tensor) -> str | None:

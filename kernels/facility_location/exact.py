@@ -1,12 +1,85 @@
-"""Similarities of a few rows to all points in float64: what picks are decided by."""
+"""Similarities of a few rows in float64, to all points or to those they may improve: what picks are decided by."""
+
+from typing import NamedTuple
 
 import torch
 
 from fastsel.kernels._runtime import native
 from fastsel.kernels._runtime.checks import check_tensor
 from fastsel.kernels.facility_location import cpu_native
+from fastsel.kernels.facility_location.packed import PackedCandidates
 
 BLOCK_NUMBERS = 2**22  # of points, widened to float64 at a time: 34 MB
+
+
+class Pairs(NamedTuple):
+    """Similarities of rows to some of the points, row by row and in the order of the points.
+
+    Attributes:
+        starts: int64 [b + 1], the pairs of row i are those from starts[i] to starts[i + 1].
+        points: int32 [pairs], numbers of points.
+        similarities: float64 [pairs].
+    """
+
+    starts: torch.Tensor
+    points: torch.Tensor
+    similarities: torch.Tensor
+
+
+def similarities_above(
+    rows: torch.Tensor,
+    points: torch.Tensor,
+    best: torch.Tensor,
+    *,
+    packed: PackedCandidates | None = None,
+    lengths: torch.Tensor | None = None,
+    similarity: str = "dot",
+    gamma: float = 1.0,
+) -> Pairs:
+    """Every pair with s[i, v] > best[v], on the CPU; there may be others.
+
+    Args:
+        rows, points, lengths, similarity, gamma: as in similarity_rows.
+        best: float64 [m] on the CPU, below +inf; -inf lets everything through.
+        packed: what pack_candidates made of the points (at unit length where lengths are given), in float32 or in
+            bytes, or None. With it, "dot" and rows of any number, products of the packed rows show which pairs cannot
+            exceed best: the difference to the exact product is bounded by what was rounded away from both rows, so
+            nothing is left out. Only the other pairs are multiplied in float64.
+
+    Returns:
+        Pairs on the CPU; s as in similarity_rows, the order of its summation may be another.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not match the above.
+
+    Determinism: on a CPU the same pairs and bits for any number of threads and whatever the other rows are.
+    Cost: with `packed` m d multiply-adds in float32 or bytes for each row, d in float64 for each pair that comes back.
+    """
+    check_tensor("rows", rows, ("b", "d"), dtypes=(torch.float64,))
+    check_tensor("points", points, ("m", rows.shape[1]), device=rows.device)
+    check_tensor("best", best, (len(points),), dtypes=(torch.float64,), device=torch.device("cpu"))
+    if packed is not None and similarity == "dot" and len(rows):
+        step = cpu_native.SCREENED
+        return _joined(
+            [
+                Pairs(*cpu_native.similarities_above(rows[i : i + step], points, packed, best, lengths))
+                for i in range(0, len(rows), step)
+            ]
+        )
+    s = similarity_rows(rows, points, lengths=lengths, similarity=similarity, gamma=gamma).cpu()
+    row, point = torch.nonzero(s > best, as_tuple=True)
+    starts = torch.searchsorted(row, torch.arange(len(rows) + 1))
+    return Pairs(starts, point.int(), s[row, point])
+
+
+def _joined(parts: list[Pairs]) -> Pairs:
+    if len(parts) == 1:
+        return parts[0]
+    ends, offset = [torch.zeros(1, dtype=torch.int64)], 0
+    for part in parts:
+        ends.append(part.starts[1:] + offset)
+        offset += len(part.points)
+    return Pairs(torch.cat(ends), torch.cat([p.points for p in parts]), torch.cat([p.similarities for p in parts]))
 
 
 def similarity_rows(
