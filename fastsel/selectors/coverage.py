@@ -11,12 +11,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastsel.kernels.facility_location import PackedCandidates, facility_location, pack_candidates, similarities_above
+from fastsel.kernels.facility_location import (
+    PackedCandidates,
+    Shortlists,
+    facility_location,
+    pack_candidates,
+    similarities_above,
+)
 from fastsel.selectors.kept_rows import KeptRows
 from fastsel.selectors.rows import BLOCK_ROWS, Rows
 
 CACHE_BYTES = 16 << 20  # of similarities kept: a contender of one pick is often one of the next
 PAIR_BYTES = 12
+LIST_BYTES = 24 << 20  # of shortlists, at least
+LIST_FROM = 1 / 6  # a pick that moves a larger share of the points leaves them with long lists
 
 
 class Coverage:
@@ -59,6 +67,7 @@ class Coverage:
         self._packed: torch.Tensor | PackedCandidates | None = None
         self.in_bytes = self._similarity == "dot" and not self._is_streamed
         self._packed_points: PackedCandidates | None = None
+        self._shortlists: Shortlists | None = None
         self.kept = KeptRows(self.n, max(32 * self.m, CACHE_BYTES // PAIR_BYTES))
         self.columns, self.fetched = 0.0, 0
 
@@ -73,14 +82,48 @@ class Coverage:
         self.columns += self.m / 2 if self.is_symmetric else self.m
         return gains
 
-    def losses(self, moved: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> NDArray[np.float64]:
-        """By how much each candidate's gain fell when the best of these points (numbers) rose; float32 [len(moved)]."""
-        self.columns += len(moved)
-        return self._sums(moved, before, after)
+    def lose(
+        self, gains: NDArray[np.float64], moved: torch.Tensor, before: torch.Tensor, after: torch.Tensor
+    ) -> NDArray[np.float64]:
+        """Gains after the best of these points (numbers, rising) rose; before and after are float32 [len(moved)].
+
+        Points with shortlists cost next to nothing; the others are passed to all candidates, and get one.
+        """
+        lists = self._lists()
+        if lists is None:
+            self.columns += len(moved)
+            return gains - self._sums(moved, before, after)
+        left = torch.from_numpy(gains.copy())
+        is_listed = lists.sizes[moved] >= 0
+        if is_listed.any():
+            lists.take(left, moved[is_listed], before[is_listed], after[is_listed])
+        others = moved[~is_listed]
+        self.columns += len(others)
+        if len(others) > self.m * LIST_FROM:
+            left -= torch.from_numpy(self._sums(others, before[~is_listed], after[~is_listed]))
+        elif len(others):
+            points = self._float32(self.points, others)
+            left -= lists.note(points, others, before[~is_listed], after[~is_listed])
+        return left.numpy()
+
+    def passed_by(self, moved: torch.Tensor) -> int:
+        """How many of these points have to be passed to all candidates when they move."""
+        return len(moved) if self._shortlists is None else int((self._shortlists.sizes[moved] < 0).sum())
+
+    def _lists(self) -> Shortlists | None:
+        """Shortlists, where the compiled code has packed the candidates."""
+        if self._shortlists is None and isinstance(self._packed, PackedCandidates):
+            weights = None if self._weights is None else torch.from_numpy(self._weights).float()
+            self._shortlists = Shortlists(
+                self._packed, self.m, weights=weights,
+                similarity=self._similarity, gamma=self._gamma,
+                most_bytes=max(LIST_BYTES, 2 * self.n * self.candidates.d),
+            )  # fmt: skip
+        return self._shortlists
 
     def leave_bytes(self) -> None:
         """From now on gains come from float32 rows; they have to be made from scratch."""
-        self.in_bytes, self._packed, self._packed_points = False, None, None
+        self.in_bytes, self._packed, self._packed_points, self._shortlists = False, None, None, None
 
     def fetch(self, rows: NDArray[np.int64], least_wanted: NDArray[np.int64]) -> None:
         """Make float64 similarities of these candidates to the points that they may improve, and keep them.

@@ -225,11 +225,11 @@ class ExactGreedy:
         coverage, best = self.coverage, self.coverage.best.float()
         moved = torch.nonzero(best > self._synced)[:, 0]
         self._is_current = True
-        if self._optimizer == "naive" or (coverage.is_symmetric and len(moved) > coverage.m // 2):
+        if self._optimizer == "naive" or (coverage.is_symmetric and coverage.passed_by(moved) > coverage.m // 2):
             self._gains = coverage.gains()
         elif len(moved):
-            self._saved += BYTES_SAVE * len(moved)
-            self._gains = self._gains - coverage.losses(moved, self._synced[moved], best[moved])
+            self._saved += BYTES_SAVE * coverage.passed_by(moved)
+            self._gains = coverage.lose(self._gains, moved, self._synced[moved], best[moved])
         else:
             return
         self._synced = best

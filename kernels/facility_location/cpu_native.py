@@ -1,6 +1,7 @@
 """facility_location by the compiled library: checks what it takes, allocates, hands over pointers."""
 
 from ctypes import POINTER, byref, c_double, c_float, c_int32, c_int64, c_void_p
+from typing import NamedTuple
 
 import torch
 
@@ -11,7 +12,16 @@ ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SIMILARITIES = {"dot": 0, "rbf": 1, "exp_distance": 2}
 SCREENED = 32  # rows that one call of similarities_above takes
 GROUP = 96  # points that the compiled code counts together
+NOTED = 24  # candidates of a group that are noted for a point
 SLAB_BYTES = 256 << 20  # candidates that come unpacked are packed and scored so many bytes at a time
+
+
+class Noted(NamedTuple):
+    """Candidates noted for each point of a call, group by group; opaque, see shortlists.h."""
+
+    counts: torch.Tensor
+    rows: torch.Tensor
+    similarities: torch.Tensor
 
 
 def unsupported(
@@ -73,6 +83,19 @@ def compute(
         packed = pack(candidates)
         assert isinstance(packed, PackedCandidates)  # unsupported() has taken the matrix
         candidates = packed
+    return _gains(candidates, points, best, raised, weights, similarity, gamma, None)
+
+
+def _gains(
+    candidates: PackedCandidates,
+    points: torch.Tensor,
+    best: torch.Tensor,
+    raised: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    similarity: str,
+    gamma: float,
+    noted: Noted | None,
+) -> torch.Tensor:
     (n, d), m, threads = candidates.matrix.shape, len(points), native.num_threads()
     itself = raised is None and _is_same(candidates.matrix, points)
     points = _unit_stride(points)
@@ -87,13 +110,88 @@ def compute(
         "facility_location",
         *(c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int64, c_int32, c_int64),
         *(c_void_p, c_void_p, c_void_p, c_int32, c_float, c_int32, c_int32, c_void_p, c_void_p),
+        *(c_void_p, c_void_p, c_void_p),
     )(
         *(candidates.panels.data_ptr(), candidates.in_bytes, n, d),
         *(points.data_ptr(), points.stride(0), ELEMENT_TYPES[points.dtype], m),
         *(None if x is None else x.data_ptr() for x in values),
         *(SIMILARITIES[similarity], gamma, itself, threads, workspace.data_ptr(), gains.data_ptr()),
+        *((None,) * 3 if noted is None else (x.data_ptr() for x in noted)),
     )
     return gains
+
+
+def losses_noting(
+    candidates: PackedCandidates,
+    points: torch.Tensor,
+    best: torch.Tensor,
+    raised: torch.Tensor,
+    weights: torch.Tensor | None,
+    similarity: str,
+    gamma: float,
+    room: Noted | None = None,
+) -> tuple[torch.Tensor, Noted]:
+    """compute() with raised, and who exceeds it; `room` is what an earlier call returned, written over."""
+    m = -(-len(points) // 32) * 32  # whole panels
+    groups = -(-len(candidates.matrix) // GROUP)
+    if room is None or len(room.similarities) < groups * m * NOTED:
+        room = Noted(
+            torch.empty(groups * m, dtype=torch.uint8, device="cpu"),
+            torch.empty(groups * m * NOTED, dtype=torch.uint8, device="cpu"),
+            torch.empty(groups * m * NOTED, dtype=torch.float32, device="cpu"),
+        )
+    return _gains(candidates, points, best, raised, weights, similarity, gamma, room), room
+
+
+def noted_sizes(noted: Noted, n: int, m: int) -> torch.Tensor:
+    """Int64 [m]: how many of n candidates were noted for each point, -1 where there were too many."""
+    sizes = torch.empty(m, dtype=torch.int64, device="cpu")
+    native.function("facility_location_list_sizes", c_void_p, c_int64, c_int64, c_void_p)(
+        noted.counts.data_ptr(), n, m, sizes.data_ptr()
+    )
+    return sizes
+
+
+def copy_noted(
+    noted: Noted,
+    n: int,
+    m: int,
+    numbers: torch.Tensor,
+    starts: torch.Tensor,
+    candidates: torch.Tensor,
+    similarities: torch.Tensor,
+) -> None:
+    """Write what was noted for these points (int64) to candidates (int32) and similarities, each from its start."""
+    native.function(
+        "facility_location_list_copy",
+        *(c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int32, c_void_p, c_void_p),
+    )(
+        *(x.data_ptr() for x in noted),
+        *(n, m, numbers.data_ptr(), len(numbers), starts.data_ptr(), native.num_threads()),
+        *(candidates.data_ptr(), similarities.data_ptr()),
+    )
+
+
+def take_losses(
+    numbers: torch.Tensor,
+    before: torch.Tensor,
+    after: torch.Tensor,
+    weights: torch.Tensor | None,
+    starts: torch.Tensor,
+    sizes: torch.Tensor,
+    candidates: torch.Tensor,
+    similarities: torch.Tensor,
+    gains: torch.Tensor,
+) -> None:
+    """Subtract from gains what candidates lose by the shortlists of these points, and shorten these: see Shortlists."""
+    native.function(
+        "facility_location_list_losses",
+        *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+    )(
+        *(numbers.data_ptr(), len(numbers), before.data_ptr(), after.data_ptr()),
+        None if weights is None else weights.data_ptr(),
+        *(x.data_ptr() for x in (starts, sizes, candidates, similarities, gains)),
+    )
 
 
 def similarity_rows(

@@ -61,16 +61,6 @@ constexpr int CHAINS = 4;         // multiply-adds of one sum that do not wait f
 static_assert(SCREENED % TILE_COLUMNS == 0, "screened rows are whole panels");
 constexpr float ROUNDING = 0x1p-24f, UP = 1.0f + 1e-5f;  // UP covers the rounding of the bounds themselves
 
-static inline uint32_t bits_of(Ints truth) {
-#if defined(__AVX512F__)
-    return _mm512_movepi32_mask(reinterpret_cast<__m512i>(truth));
-#else
-    uint32_t bits = 0;
-    for (int lane = 0; lane < LANES; ++lane) bits |= static_cast<uint32_t>(truth[lane] & 1) << lane;
-    return bits;
-#endif
-}
-
 // One panel of screened rows: |a - a~| and a bound of |a~| for each, which a point's length and error are multiplied by.
 struct Screened {
     Panel panel;

@@ -17,6 +17,9 @@ constexpr float SMALLEST_STEPS = 1e-36f;  // a row whose largest number is less 
 
 static inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline float* aligned(float* room) {
+    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(room) + 63) & ~uintptr_t{63});
+}
 
 struct Matrix {
     const void* rows;

@@ -9,6 +9,17 @@
 
 namespace {
 
+// A bit for each lane that is true.
+static inline uint32_t bits_of(Ints truth) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask(reinterpret_cast<__m512i>(truth));
+#else
+    uint32_t bits = 0;
+    for (int lane = 0; lane < LANES; ++lane) bits |= static_cast<uint32_t>(truth[lane] & 1) << lane;
+    return bits;
+#endif
+}
+
 constexpr int64_t DEPTH_BLOCK = 256;  // terms of one chain of multiply-adds; longer sums are added block by block
 
 static void multiply_group(const float* candidates, const float* points, int64_t d, int64_t count, float* tile) {

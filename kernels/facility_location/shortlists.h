@@ -1,0 +1,66 @@
+// The candidates that may still improve a point: noted while the point is passed anyway, so that it never is again.
+//
+// A point whose best similarity has risen to `raised` can only ever be improved by candidates above that, and these
+// are few once some picks are made. While a tile of similarities is at hand they are noted, group by group of candidates.
+#pragma once
+
+#include "products.h"
+
+namespace {
+
+constexpr int64_t NOTED = 24;  // of the ROWS candidates of a group, for one point
+constexpr uint8_t TOO_MANY = 255;
+
+// Attributes: for each group of candidates and point (of m) how many were noted, TOO_MANY where there was no room
+// (m is filled up to whole panels); room for NOTED rows within the group, and their similarities.
+struct Shortlists {
+    uint8_t *counts, *rows;
+    float* similarities;
+    int64_t m;
+
+    int64_t at(int64_t group, int64_t v) const { return group * divided_up(m, TILE_COLUMNS) * TILE_COLUMNS + v; }
+
+    // Notes who of `count` candidates exceeds raised, for the panel of points from `column` on. Each once a group.
+    void note(const float* tile, int64_t count, const float* raised, int64_t group, int64_t column) const {
+        const int64_t first = at(group, column);
+        uint8_t noted[TILE_COLUMNS] = {};
+        for (int c = 0; c < TILE_COLUMNS; c += LANES) {
+            const Floats above = load(raised + c);
+            for (int64_t r = 0; r < count; ++r) {
+                const float* const from = tile + r * TILE_COLUMNS + c;
+                for (uint32_t bits = bits_of(load(from) > above); bits; bits &= bits - 1) {
+                    const int lane = __builtin_ctz(bits);
+                    const int64_t to = (first + c + lane) * NOTED + noted[c + lane];
+                    if (noted[c + lane] >= NOTED) {
+                        noted[c + lane] = TOO_MANY;
+                        continue;
+                    }
+                    rows[to] = static_cast<uint8_t>(r), similarities[to] = from[lane], ++noted[c + lane];
+                }
+            }
+        }
+        memcpy(counts + first, noted, TILE_COLUMNS);
+    }
+
+    int64_t size(int64_t v, int64_t groups) const {
+        int64_t sum = 0;
+        for (int64_t group = 0; group < groups; ++group) {
+            const uint8_t count = counts[at(group, v)];
+            if (count == TOO_MANY) return -1;
+            sum += count;
+        }
+        return sum;
+    }
+
+    void copy(int64_t v, int64_t groups, int32_t* to_candidates, float* to_similarities) const {
+        for (int64_t group = 0; group < groups; ++group) {
+            const int64_t from = at(group, v);
+            for (int64_t i = 0; i < counts[from]; ++i) {
+                *to_candidates++ = static_cast<int32_t>(group * ROWS + rows[from * NOTED + i]);
+                *to_similarities++ = similarities[from * NOTED + i];
+            }
+        }
+    }
+};
+
+}  // namespace
