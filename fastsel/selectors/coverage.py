@@ -23,8 +23,7 @@ from fastsel.selectors.rows import BLOCK_ROWS, Rows
 
 CACHE_BYTES = 16 << 20  # of similarities kept: a contender of one pick is often one of the next
 PAIR_BYTES = 12
-LIST_BYTES = 24 << 20  # of shortlists, at least
-LIST_FROM = 1 / 6  # a pick that moves a larger share of the points leaves them with long lists
+LIST_BYTES = 20 << 20  # of shortlists, at least
 
 
 class Coverage:
@@ -99,9 +98,7 @@ class Coverage:
             lists.take(left, moved[is_listed], before[is_listed], after[is_listed])
         others = moved[~is_listed]
         self.columns += len(others)
-        if len(others) > self.m * LIST_FROM:
-            left -= torch.from_numpy(self._sums(others, before[~is_listed], after[~is_listed]))
-        elif len(others):
+        if len(others):
             points = self._float32(self.points, others)
             left -= lists.note(points, others, before[~is_listed], after[~is_listed])
         return left.numpy()
@@ -144,6 +141,24 @@ class Coverage:
     def room(self) -> int:
         """How many rows can be fetched at a time."""
         return max(1, self.kept.capacity // (2 * max(1, self.m)))
+
+    def error_units(self) -> NDArray[np.float64] | float:
+        """What errors of gains are proportional to: the candidates' lengths where they differ, else 1."""
+        lengths = self.candidates.lengths
+        if self._similarity != "dot" or self.candidates.unit or not lengths.any():
+            return 1.0
+        return np.where(lengths > 0, lengths, lengths.max())
+
+    def worst_error(self) -> float:
+        """Most that a gain from the kernel may err, per length of its candidate.
+
+        A float32 product errs by at most (d + 2) 2^-24 |x| |q|. In bytes each number is off by at most half a step of
+        1 / 127 of the row's largest: x by at most sqrt(d) / 254 of its length, and q too.
+        """
+        d = self.candidates.d
+        relative = (d + 2) * 2.0**-24 + ((1 + d**0.5 / 254) ** 2 - 1 if self.in_bytes else 0.0)
+        lengths = np.ones(self.m) if self.points.unit else self.points.lengths
+        return float(relative * (lengths if self._weights is None else lengths * self._weights).sum())
 
     def exact_gains(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """What these candidates, which are kept, would add now: float64, the same bits for any thread count."""

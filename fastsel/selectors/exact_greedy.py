@@ -5,7 +5,8 @@ last float64 gain it was found to have, because gains only fall. A pick evaluate
 bound reaches the best of them. How bounds are kept current is all in which the optimizers differ:
 
     naive        all gains from scratch before each pick
-    incremental  after each pick, minus what it took from them: only points whose best similarity rose are passed
+    incremental  after each pick, minus what it took from them: only points whose best similarity rose are passed, and
+                 those that have a shortlist of who may still improve them not even to all candidates
     lazy         never: stale bounds, contenders evaluated in growing batches
     auto         incremental, but not while candidates whose similarities are at hand beat every stale bound: then
                  several picks share one update
@@ -13,9 +14,11 @@ bound reaches the best of them. How bounds are kept current is all in which the 
 Maintained gains may come from rows rounded to bytes, at a third of the time. That lets more contenders in, and where
 evaluating them costs more than is saved, float32 rows are taken from there on.
 
-The error of maintained gains is not bounded by theory (worst-case bounds of float32 sums are a thousand times what
-occurs) but measured: whenever a candidate is evaluated while bounds are current, the difference is known. Every other
-candidate is allowed eight times the root mean square of the recent ones, and at least twice the largest.
+Worst-case bounds of float32 sums are a thousand times what occurs, so the error of maintained gains is measured:
+whenever a candidate is evaluated while bounds are current, the difference is known. Every other candidate is allowed
+eight times the root mean square of the recent ones, and at least twice the largest. Errors of dot products grow with
+the length of the row: there they are measured, and allowed, per length, and rows much longer than any that was
+evaluated are allowed the worst case until one is.
 """
 
 from typing import Any
@@ -32,10 +35,12 @@ DEVIATIONS, LARGEST_ERRORS = 8.0, 2.0  # what is allowed, in root mean squares a
 FLOAT32_ROUNDING = 1e-6
 FORGET = 0.98  # the weight of an error after each later one: about the last 50 count
 FIRST_LOOK = 16  # contenders evaluated before the first pick, which measure the error of the maintained gains
+LONGER = 2.0  # times the longest row evaluated so far: from there on the worst case is allowed
 BATCH, LARGEST_BATCH = 8, 64
 STALE_LOOKS = 8  # kept contenders evaluated against stale bounds, before these are brought up to date
-# In columns of float32 updates: the time of fetching, for a call and for each row, and what a column in bytes saves.
-CALL_COLUMNS, ROW_COLUMNS, BYTES_SAVE = 40.0, 2.0, 0.7
+# In columns of float32 updates: the time of fetching, for a call and for each row, of looking at a kept row again, and
+# what a column in bytes saves.
+CALL_COLUMNS, ROW_COLUMNS, LOOK_COLUMNS, BYTES_SAVE = 10.0, 0.5, 0.05, 0.7
 REVIEW_PICKS = 16  # how often it is asked whether bytes pay
 
 
@@ -67,6 +72,10 @@ class ExactGreedy:
         self._mean_square = self._seen = self._largest_error = 0.0  # of the errors of maintained gains
         self._largest_gain = 0.0
         self._is_current = True  # the maintained gains know every pick
+        # What errors are measured by, and what rows that are longer than those evaluated may err.
+        self._unit, self._unlike = coverage.error_units(), np.arange(n)
+        if isinstance(self._unit, float):
+            self._unlike = np.zeros(0, np.int64)
         if optimizer != "sampled":
             self._restart()
 
@@ -124,9 +133,15 @@ class ExactGreedy:
         return self._bounds(self.constraints.may_take)
 
     def _bounds(self, allowed: NDArray[np.bool_]) -> NDArray[np.float64]:
-        values = self.value(np.minimum(self._gains + self._allowance, self._caps))
+        upper = self._gains + self._allowance * self._unit
+        if len(self._unlike):
+            upper[self._unlike] += self.coverage.worst_error() * self._unit_of(self._unlike)
+        values = self.value(np.minimum(upper, self._caps))
         values[~allowed] = -np.inf
         return values
+
+    def _unit_of(self, rows: NDArray[np.int64]) -> NDArray[np.float64] | float:
+        return self._unit if isinstance(self._unit, float) else self._unit[rows]
 
     def _decide(self, allowed: NDArray[np.bool_]) -> int:
         """The lowest row whose float64 value is within TIE of the largest; its similarity row is kept."""
@@ -157,6 +172,7 @@ class ExactGreedy:
             elif len(kept):
                 if len(kept) > LARGEST_BATCH:
                     kept = kept[_largest(bounds[kept], LARGEST_BATCH)]
+                    self._excess += LOOK_COLUMNS * LARGEST_BATCH
                 self._evaluate(kept)
             else:
                 self._fetch(contenders, bounds, allowed, batch)
@@ -167,7 +183,7 @@ class ExactGreedy:
         """Leave bytes once the contenders that their error let in have cost as much more as leaving costs."""
         self._loss = max(0.0, self._loss + self._excess - self._saved)
         self._excess = self._saved = 0.0
-        if self._loss > self.coverage.m / 2:
+        if self._loss > self.coverage.m:
             self.coverage.leave_bytes()
             self._restart()
 
@@ -201,6 +217,10 @@ class ExactGreedy:
         self._caps[rows], self._evaluated_at[rows] = exact, self._step
         if not np.isfinite(self._gains[rows[0]]):  # "sampled" maintains no gains
             return
+        if len(self._unlike):
+            longest = LONGER * np.max(self._unit_of(rows))
+            self._unlike = self._unlike[self._unit_of(self._unlike) > longest]
+        errors = errors / self._unit_of(rows)
         if self._is_current:
             weights = FORGET ** np.arange(len(rows))
             self._mean_square = (weights @ errors**2 + weights[-1] * FORGET * self._seen * self._mean_square) / (
@@ -214,7 +234,7 @@ class ExactGreedy:
 
     def _allow(self) -> None:
         # Gains carry what was rounded when they were largest, also where every error seen so far is 0.
-        self._largest_gain = max(self._largest_gain, float(np.abs(self._gains).max()))
+        self._largest_gain = max(self._largest_gain, float(np.abs(self._gains / self._unit).max()))
         rounding = FLOAT32_ROUNDING * self._largest_gain
         self._allowance = max(
             rounding, DEVIATIONS * float(np.sqrt(self._mean_square)), LARGEST_ERRORS * self._largest_error

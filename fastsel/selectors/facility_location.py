@@ -87,11 +87,14 @@ def facility_location(
     Raises:
         UsageError: an argument is not as above; a row with NaN or infinity is named.
 
-    Limits: what float32 errors are allowed when contenders are chosen is measured on rows evaluated so far. With "dot"
-        a much longer row whose products cancel may err by more, and be passed over: scale such rows, or use "cosine".
     Determinism: the same rows and bits for any number of threads (on a CPU with the compiled library).
-    Cost: about 1 + ln k passes of 2 n m d flops on random vectors, fewer where rows have neighbours; memory about
-        8 n d bytes beyond x and 16 MB, with mapped matrices 24 (n + m) bytes and some blocks.
+    Exactness: contenders are decided in float64. Who is one is decided by sums in float32 or bytes and an allowance for
+        their error: measured in the run, on rows evaluated so far, not proven; with "dot" per length of the row, and
+        the worst case for rows over twice as long as any of those.
+    Cost: where the compiled code runs about 3 passes of 2 n m d flops: half a one, some for the first picks, and one in
+        which each point gets its shortlist of who may still improve it; elsewhere 1 + ln k on random vectors. Memory
+        beyond x about 8 n d bytes (5 n d in bytes) and 40 MB, queries count like rows; with mapped matrices
+        24 (n + m) bytes and some blocks.
     Source: Cornuejols, Fisher & Nemhauser 1977; lazy evaluation: Minoux 1978; quality: Bukharin et al., "Data Diversity
         Matters for Robust Instruction Tuning" (QDIT), 2023 (arXiv 2311.14736).
     """

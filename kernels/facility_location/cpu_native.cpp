@@ -95,8 +95,9 @@ FASTSEL_EXPORT(facility_location_pairs)(
 }
 
 // How many candidates the shortlists of m points hold, -1 where a group of candidates overflows; listed as above.
-FASTSEL_EXPORT(facility_location_list_sizes)(const uint8_t* listed, int64_t n, int64_t m, int64_t* sizes) {
-    const Shortlists lists{const_cast<uint8_t*>(listed), nullptr, nullptr, m};
+FASTSEL_EXPORT(facility_location_list_sizes)(
+    uint8_t* listed, uint8_t* overflows, int64_t n, int64_t m, int64_t* sizes) {
+    const Shortlists lists{listed, nullptr, overflows, nullptr, m};
     for (int64_t v = 0; v < m; ++v) sizes[v] = lists.size(v, divided_up(n, ROWS));
 }
 
@@ -104,7 +105,7 @@ FASTSEL_EXPORT(facility_location_list_sizes)(const uint8_t* listed, int64_t n, i
 FASTSEL_EXPORT(facility_location_list_copy)(
     uint8_t* listed, uint8_t* listed_rows, float* listed_similarities, int64_t n, int64_t m, const int64_t* numbers,
     int64_t count, const int64_t* starts, int32_t threads, int32_t* candidates, float* similarities) {
-    const Shortlists lists{listed, listed_rows, listed_similarities, m};
+    const Shortlists lists{listed, listed_rows, nullptr, listed_similarities, m};
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < count; ++i)
         lists.copy(numbers[i], divided_up(n, ROWS), candidates + starts[i], similarities + starts[i]);
@@ -129,6 +130,18 @@ FASTSEL_EXPORT(facility_location_list_losses)(
             similarities[start + left] = s, candidates[start + left++] = candidate;
         }
         sizes[v] = left;
+    }
+}
+
+// Moves the lists of `count` points (numbers, in the order in which their lists lie) to the front, one after another.
+FASTSEL_EXPORT(facility_location_list_close)(
+    const int64_t* numbers, int64_t count, int64_t* starts, const int64_t* sizes, int32_t* candidates, float* similarities) {
+    int64_t used = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t v = numbers[i];
+        memmove(candidates + used, candidates + starts[v], sizes[v] * sizeof(int32_t));
+        memmove(similarities + used, similarities + starts[v], sizes[v] * sizeof(float));
+        starts[v] = used, used += sizes[v];
     }
 }
 
@@ -178,12 +191,14 @@ FASTSEL_EXPORT(facility_location_pack)(
 
 // panels holds n packed candidates (in_bytes takes dot products of AVX-512 VNNI only); points [m, d] as above. raised
 // and weights may be null; similarity is 0 dot, 1 rbf, 2 exp_distance; itself: the points are the candidates and raised
-// is null. gains receives n sums. listed, or null, with listed_rows and listed_similarities: see Shortlists; raised is given.
+// is null. gains receives n sums. listed, or null, with the three behind it: see Shortlists; raised is given.
 FASTSEL_EXPORT(facility_location)(
     const float* panels, int32_t in_bytes, int64_t n, int64_t d, const void* points, int64_t stride, int32_t type, int64_t m,
     const float* best, const float* raised, const float* weights, int32_t similarity, float gamma, int32_t itself,
-    int32_t threads, float* workspace, double* gains, uint8_t* listed, uint8_t* listed_rows, float* listed_similarities) {
-    const Shortlists lists{listed, listed_rows, listed_similarities, m};
+    int32_t threads, float* workspace, double* gains, uint8_t* listed, uint8_t* listed_rows, uint8_t* overflows,
+    float* listed_similarities) {
+    const Shortlists lists{listed, listed_rows, overflows, listed_similarities, m};
+    if (listed) memset(overflows, 0, divided_up(m, TILE_COLUMNS) * TILE_COLUMNS);
     const Problem problem{
         {points, stride, m, static_cast<ElementType>(type)}, best, raised, weights, n, d,
         static_cast<Similarity>(similarity), gamma, itself != 0, listed ? &lists : nullptr};

@@ -21,6 +21,7 @@ class Noted(NamedTuple):
 
     counts: torch.Tensor
     rows: torch.Tensor
+    overflows: torch.Tensor
     similarities: torch.Tensor
 
 
@@ -110,13 +111,13 @@ def _gains(
         "facility_location",
         *(c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int64, c_int32, c_int64),
         *(c_void_p, c_void_p, c_void_p, c_int32, c_float, c_int32, c_int32, c_void_p, c_void_p),
-        *(c_void_p, c_void_p, c_void_p),
+        *(c_void_p, c_void_p, c_void_p, c_void_p),
     )(
         *(candidates.panels.data_ptr(), candidates.in_bytes, n, d),
         *(points.data_ptr(), points.stride(0), ELEMENT_TYPES[points.dtype], m),
         *(None if x is None else x.data_ptr() for x in values),
         *(SIMILARITIES[similarity], gamma, itself, threads, workspace.data_ptr(), gains.data_ptr()),
-        *((None,) * 3 if noted is None else (x.data_ptr() for x in noted)),
+        *((None,) * 4 if noted is None else (x.data_ptr() for x in noted)),
     )
     return gains
 
@@ -134,10 +135,11 @@ def losses_noting(
     """compute() with raised, and who exceeds it; `room` is what an earlier call returned, written over."""
     m = -(-len(points) // 32) * 32  # whole panels
     groups = -(-len(candidates.matrix) // GROUP)
-    if room is None or len(room.similarities) < groups * m * NOTED:
+    if room is None or len(room.overflows) < m:
         room = Noted(
             torch.empty(groups * m, dtype=torch.uint8, device="cpu"),
             torch.empty(groups * m * NOTED, dtype=torch.uint8, device="cpu"),
+            torch.empty(m, dtype=torch.uint8, device="cpu"),
             torch.empty(groups * m * NOTED, dtype=torch.float32, device="cpu"),
         )
     return _gains(candidates, points, best, raised, weights, similarity, gamma, room), room
@@ -146,8 +148,8 @@ def losses_noting(
 def noted_sizes(noted: Noted, n: int, m: int) -> torch.Tensor:
     """Int64 [m]: how many of n candidates were noted for each point, -1 where there were too many."""
     sizes = torch.empty(m, dtype=torch.int64, device="cpu")
-    native.function("facility_location_list_sizes", c_void_p, c_int64, c_int64, c_void_p)(
-        noted.counts.data_ptr(), n, m, sizes.data_ptr()
+    native.function("facility_location_list_sizes", c_void_p, c_void_p, c_int64, c_int64, c_void_p)(
+        noted.counts.data_ptr(), noted.overflows.data_ptr(), n, m, sizes.data_ptr()
     )
     return sizes
 
@@ -166,7 +168,7 @@ def copy_noted(
         "facility_location_list_copy",
         *(c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int32, c_void_p, c_void_p),
     )(
-        *(x.data_ptr() for x in noted),
+        *(noted.counts.data_ptr(), noted.rows.data_ptr(), noted.similarities.data_ptr()),
         *(n, m, numbers.data_ptr(), len(numbers), starts.data_ptr(), native.num_threads()),
         *(candidates.data_ptr(), similarities.data_ptr()),
     )
@@ -191,6 +193,19 @@ def take_losses(
         *(numbers.data_ptr(), len(numbers), before.data_ptr(), after.data_ptr()),
         None if weights is None else weights.data_ptr(),
         *(x.data_ptr() for x in (starts, sizes, candidates, similarities, gains)),
+    )
+
+
+def close_gaps(
+    numbers: torch.Tensor,
+    starts: torch.Tensor,
+    sizes: torch.Tensor,
+    candidates: torch.Tensor,
+    similarities: torch.Tensor,
+) -> None:
+    """Move the lists of points (numbers, in the order in which they lie) to the front; starts follow."""
+    native.function("facility_location_list_close", c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p)(
+        numbers.data_ptr(), len(numbers), *(x.data_ptr() for x in (starts, sizes, candidates, similarities))
     )
 
 

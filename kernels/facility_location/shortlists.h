@@ -9,12 +9,12 @@
 namespace {
 
 constexpr int64_t NOTED = 24;  // of the ROWS candidates of a group, for one point
-constexpr uint8_t TOO_MANY = 255;
 
-// Attributes: for each group of candidates and point (of m) how many were noted, TOO_MANY where there was no room
-// (m is filled up to whole panels); room for NOTED rows within the group, and their similarities.
+// Attributes: for each group of candidates and point (of m, filled up to whole panels) how many were noted; room for
+// NOTED rows within the group, and their similarities. overflows: points for which a group had no room; once that is
+// known, other groups leave them out too.
 struct Shortlists {
-    uint8_t *counts, *rows;
+    uint8_t *counts, *rows, *overflows;
     float* similarities;
     int64_t m;
 
@@ -26,16 +26,20 @@ struct Shortlists {
         uint8_t noted[TILE_COLUMNS] = {};
         for (int c = 0; c < TILE_COLUMNS; c += LANES) {
             const Floats above = load(raised + c);
-            for (int64_t r = 0; r < count; ++r) {
+            uint32_t wanted = 0;
+            for (int lane = 0; lane < LANES; ++lane)
+                wanted |= static_cast<uint32_t>(!__atomic_load_n(overflows + column + c + lane, __ATOMIC_RELAXED)) << lane;
+            for (int64_t r = 0; r < count && wanted; ++r) {
                 const float* const from = tile + r * TILE_COLUMNS + c;
-                for (uint32_t bits = bits_of(load(from) > above); bits; bits &= bits - 1) {
+                for (uint32_t bits = bits_of(load(from) > above) & wanted; bits; bits &= bits - 1) {
                     const int lane = __builtin_ctz(bits);
-                    const int64_t to = (first + c + lane) * NOTED + noted[c + lane];
-                    if (noted[c + lane] >= NOTED) {
-                        noted[c + lane] = TOO_MANY;
+                    if (noted[c + lane] == NOTED) {
+                        __atomic_store_n(overflows + column + c + lane, uint8_t{1}, __ATOMIC_RELAXED);
+                        wanted &= ~(uint32_t{1} << lane);
                         continue;
                     }
-                    rows[to] = static_cast<uint8_t>(r), similarities[to] = from[lane], ++noted[c + lane];
+                    const int64_t to = (first + c + lane) * NOTED + noted[c + lane]++;
+                    rows[to] = static_cast<uint8_t>(r), similarities[to] = from[lane];
                 }
             }
         }
@@ -43,12 +47,9 @@ struct Shortlists {
     }
 
     int64_t size(int64_t v, int64_t groups) const {
+        if (overflows[v]) return -1;
         int64_t sum = 0;
-        for (int64_t group = 0; group < groups; ++group) {
-            const uint8_t count = counts[at(group, v)];
-            if (count == TOO_MANY) return -1;
-            sum += count;
-        }
+        for (int64_t group = 0; group < groups; ++group) sum += counts[at(group, v)];
         return sum;
     }
 

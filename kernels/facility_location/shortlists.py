@@ -5,7 +5,7 @@ import torch
 from fastsel.kernels.facility_location import cpu_native
 from fastsel.kernels.facility_location.packed import PackedCandidates
 
-NOTE_BYTES = 8 << 20  # for what a call notes, before it is sorted by point
+NOTE_BYTES = 4 << 20  # for what a call notes, before it is sorted by point
 PAIR_BYTES = 8
 
 
@@ -43,10 +43,11 @@ class Shortlists:
         self._longest = max(32, min(n // 8, 2 * self._capacity // max(1, m)))
         self._step = max(32, NOTE_BYTES // (-(-n // cpu_native.GROUP) * cpu_native.NOTED * 5) // 32 * 32)
         self._noted: cpu_native.Noted | None = None
-        self.sizes = torch.full((m,), -1, dtype=torch.int64)
-        self._starts, self._used = torch.zeros(m, dtype=torch.int64), 0
-        self._candidates = torch.empty(0, dtype=torch.int32)
-        self._similarities = torch.empty(0, dtype=torch.float32)
+        self.sizes = torch.full((m,), -1, dtype=torch.int64, device="cpu")
+        self._starts, self._used = torch.zeros(m, dtype=torch.int64, device="cpu"), 0
+        # Memory that is not written yet takes none.
+        self._candidates = torch.empty(self._capacity, dtype=torch.int32, device="cpu")
+        self._similarities = torch.empty(self._capacity, dtype=torch.float32, device="cpu")
 
     def note(
         self, points: torch.Tensor, numbers: torch.Tensor, before: torch.Tensor, after: torch.Tensor
@@ -80,9 +81,9 @@ class Shortlists:
         sizes = cpu_native.noted_sizes(self._noted, n, m)
         fits = (sizes >= 0) & (sizes <= self._longest)
         ends = torch.where(fits, sizes, 0).cumsum(0)
-        if self._used + int(ends[-1]) > len(self._candidates):
-            self._make_room(int(ends[-1]))
-        fits &= self._used + ends <= len(self._candidates)
+        if self._used + int(ends[-1]) > self._capacity:
+            self._close_gaps()
+        fits &= self._used + ends <= self._capacity
         chosen = fits.nonzero()[:, 0]
         if not len(chosen):
             return
@@ -91,20 +92,12 @@ class Shortlists:
         self._starts[listed], self.sizes[listed] = starts, sizes[chosen]
         self._used = int(starts[-1] + sizes[chosen[-1]])
 
-    def _make_room(self, wanted: int) -> None:
-        """Close the gaps between lists, in arrays of twice the size where that is allowed."""
+    def _close_gaps(self) -> None:
+        """Lists that became shorter leave gaps."""
         listed = (self.sizes > 0).nonzero()[:, 0]
-        sizes = self.sizes[listed]
-        used = int(sizes.sum())
-        room = max(len(self._candidates), min(self._capacity, 2 * (used + wanted)))
-        first = sizes.cumsum(0) - sizes
-        at = torch.arange(used) + torch.repeat_interleave(self._starts[listed] - first, sizes)
-        for name in ("_candidates", "_similarities"):
-            old = getattr(self, name)
-            new = torch.empty(room, dtype=old.dtype)
-            new[:used] = old[at]
-            setattr(self, name, new)
-        self._starts[listed], self._used = first, used
+        listed = listed[self._starts[listed].argsort()]
+        cpu_native.close_gaps(listed, self._starts, self.sizes, self._candidates, self._similarities)
+        self._used = int(self.sizes[listed].sum())
 
     def take(self, gains: torch.Tensor, numbers: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
         """Subtract from gains, float64 [n], what candidates lose where the best of listed points rises.

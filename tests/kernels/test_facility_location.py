@@ -8,9 +8,11 @@ from fastsel.kernels._runtime.dispatch import NoImplementationError
 from fastsel.kernels._runtime.testing import assert_as_exact
 from fastsel.kernels.facility_location import (
     PackedCandidates,
+    Shortlists,
     cpu_native,
     facility_location,
     pack_candidates,
+    similarities_above,
     similarity_rows,
 )
 from fastsel.kernels.facility_location.cases import CASES, Case, make_inputs
@@ -155,6 +157,110 @@ def test_similarity_rows_in_float64(dtype, similarity, monkeypatch):
     assert similarity_rows(rows[:0], points, **options).shape == (0, 103)
     monkeypatch.setattr(native, "unavailable", lambda: "taken away by the test")
     torch.testing.assert_close(similarity_rows(rows, points, **options), truth, rtol=1e-13, atol=1e-13)
+
+
+def dense(pairs, m):
+    """[b, m] with what pairs hold, NaN elsewhere."""
+    b = len(pairs.starts) - 1
+    row = torch.repeat_interleave(torch.arange(b), pairs.starts.diff())
+    values = torch.full((b, m), torch.nan, dtype=torch.float64)
+    values[row, pairs.points.long()] = pairs.similarities
+    return values
+
+
+@NEEDS_LIBRARY
+@settings(max_examples=40, deadline=None)
+@given(
+    b=st.integers(0, 70), m=st.integers(1, 300), d=st.integers(1, 70), in_bytes=st.booleans(), unit=st.booleans(),
+    dtype=st.sampled_from(list(DTYPES.values())), level=st.sampled_from([-torch.inf, -0.5, 0.0, 0.4]),
+    scale=st.sampled_from([1e-30, 1.0, 1e12]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_law_no_pair_above_best_is_left_out(b, m, d, in_bytes, unit, dtype, level, scale, seed):
+    """Whatever is rounded away: lengths that differ, one feature far above the rest, points that are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = 1.0 if dtype == torch.float16 else scale
+    points = torch.randn(m, d, generator=generator) * torch.rand(m, 1, generator=generator) * scale
+    points[:, 0] *= 50
+    points[m // 2] = 0
+    points = points.to(dtype)
+    rows = torch.randn(b, d, generator=generator, dtype=torch.float64)
+    rows = torch.nn.functional.normalize(rows, dim=1) if unit else rows * 3
+    lengths = torch.linalg.vector_norm(points.double(), dim=1)
+    packed = pack_candidates(torch.nn.functional.normalize(points.double(), dim=1).float() if unit else points.float(),
+                             in_bytes=in_bytes)  # fmt: skip
+    options = {"lengths": lengths if unit else None}
+    truth = similarity_rows(rows, points, **options)
+    # Half of the points have a best similarity that some row equals, or just exceeds.
+    best = torch.full((m,), level * (1.0 if unit else scale), dtype=torch.float64)
+    if b:
+        best[::2] = truth[seed % b, ::2] * (1 - 1e-7)
+    got = similarities_above(rows, points, best, packed=packed, **options)
+    values = dense(got, m)
+    assert not (values.isnan() & (truth > best + 1e-12 * truth.abs())).any()
+    torch.testing.assert_close(torch.where(values.isnan(), truth, values), truth, rtol=1e-11, atol=1e-11 * scale)
+    for i in range(b):
+        points_of_row = got.points[got.starts[i] : got.starts[i + 1]]
+        assert (points_of_row.diff() > 0).all()
+    without = dense(similarities_above(rows, points, best, **options), m)
+    assert torch.equal(without.isnan(), ~(truth > best))
+
+
+@NEEDS_LIBRARY
+def test_law_few_pairs_are_made_and_threads_and_other_rows_change_no_bit():
+    inputs = make_inputs(CASES["update"]._replace(n=900, m=900, itself=True), torch.float32, "cpu")
+    points = inputs[0]
+    rows, best = points[:40].double(), similarity_rows(points[100:200].double(), points).amax(0)
+    before = torch.get_num_threads()
+    try:
+        for in_bytes in (False, True):
+            packed, found = pack_candidates(points, in_bytes=in_bytes), []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                found.append(similarities_above(rows, points, best, packed=packed))
+            assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+            needed = int((similarity_rows(rows, points) > best).sum())
+            assert needed <= len(found[0].points) <= 3 * needed
+            alone = similarities_above(rows[7:8], points, best, packed=packed)
+            over = slice(int(found[0].starts[7]), int(found[0].starts[8]))
+            assert torch.equal(alone.points, found[0].points[over])
+            assert torch.equal(alone.similarities, found[0].similarities[over])
+    finally:
+        torch.set_num_threads(before)
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("in_bytes", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("most_bytes", [1 << 20, 1500])
+def test_law_shortlists_take_what_passing_the_points_would(in_bytes, weighted, most_bytes):
+    """Ten picks: every point is passed at most until it has a list, and losses are those of the kernel."""
+    n, m, d = 700, 333, 48
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=1)
+    points = torch.nn.functional.normalize(torch.randn(m, d, generator=generator), dim=1)
+    weights = torch.rand(m, generator=generator) if weighted else None
+    packed = pack_candidates(rows, in_bytes=in_bytes)
+    lists = Shortlists(packed, m, weights=weights, most_bytes=most_bytes)
+    best = torch.zeros(m)
+    gains = facility_location(packed, points, best, weights=weights)
+    listed_before = 0
+    for pick in range(12):
+        raised = torch.maximum(best, points @ rows[50 * pick])
+        moved = (raised > best).nonzero()[:, 0]
+        is_listed = lists.sizes[moved] >= 0
+        if is_listed.any():
+            lists.take(gains, moved[is_listed], best[moved[is_listed]], raised[moved[is_listed]])
+        others = moved[~is_listed]
+        if len(others):
+            gains -= lists.note(points[others], others, best[others], raised[others])
+        best = raised
+        expected = facility_location(packed, points, best, weights=weights)
+        torch.testing.assert_close(gains, expected, rtol=1e-5, atol=1e-5)
+        listed = int((lists.sizes >= 0).sum())
+        assert listed >= listed_before
+        listed_before = listed
+    assert listed_before > (300 if most_bytes > 1500 else 0)
+    assert int(lists.sizes.clamp(min=0).sum()) * 8 <= most_bytes
 
 
 @pytest.mark.parametrize("implementation", BOTH)

@@ -306,6 +306,20 @@ def test_edges_far_from_the_origin():
     assert_same(facility_location(x, 30, similarity="rbf"), naive(similarities(x, None, "rbf"), 30))
 
 
+@pytest.mark.parametrize("optimizer", EXACT)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_edges_a_long_row_whose_products_cancel(dtype, optimizer):
+    """Its gain of 1.5 a point is less than what float32 rounds from a row of that length."""
+    x = np.random.default_rng(0).random((200, 3)) / 2
+    x[:, 2] = 0
+    x[150] = [1e8, -1e8 + 1.5, 0]
+    x, queries = x.astype(dtype), np.ones((5, 3))
+    for k in (1, 5):
+        got = facility_location(x, k, queries=queries, similarity="dot", optimizer=optimizer)
+        assert_same(got, naive(similarities(x, queries, "dot"), k))
+    assert dtype == np.float32 or got[0][0] == 150
+
+
 def test_edges_zero_rows_equal_rows_and_nothing():
     x = np.zeros((5, 3))
     assert facility_location(x, 9)[0].tolist() == [0, 1, 2, 3, 4]
@@ -394,11 +408,14 @@ def test_refuses_wrong_arguments(options, message):
 
 
 def test_edges_bytes_are_left_where_they_do_not_pay(monkeypatch):
-    """Rows whose first feature is a hundred times the others: bytes hold nothing of what tells them apart."""
+    """Rows whose first feature is a thousand times the others: bytes hold nothing of what tells them apart, and there
+    is no room to keep all rows that this lets in.
+    """
     left, leave = [], Coverage.leave_bytes
+    monkeypatch.setattr("fastsel.selectors.coverage.CACHE_BYTES", 0)
     monkeypatch.setattr(Coverage, "leave_bytes", lambda self: (left.append(1), leave(self)))
     x = random_rows(600, 40)
-    x[:, 0] = 100
+    x[:, 0] = 1000
     assert_same(facility_location(x, 80), naive(similarities(x), 80))
     if native.unavailable() is None and native.instruction_set() == "avx512vnni":
         assert left == [1]
