@@ -186,8 +186,8 @@ def test_law_no_pair_above_best_is_left_out(b, m, d, in_bytes, unit, dtype, leve
     rows = torch.randn(b, d, generator=generator, dtype=torch.float64)
     rows = torch.nn.functional.normalize(rows, dim=1) if unit else rows * 3
     lengths = torch.linalg.vector_norm(points.double(), dim=1)
-    packed = pack_candidates(torch.nn.functional.normalize(points.double(), dim=1).float() if unit else points.float(),
-                             in_bytes=in_bytes)  # fmt: skip
+    read = points.double() / lengths.where(lengths > 0, 1.0)[:, None] if unit else points
+    packed = pack_candidates(read.float(), in_bytes=in_bytes)
     options = {"lengths": lengths if unit else None}
     truth = similarity_rows(rows, points, **options)
     # Half of the points have a best similarity that some row equals, or just exceeds.
@@ -259,7 +259,7 @@ def test_law_shortlists_take_what_passing_the_points_would(in_bytes, weighted, m
         listed = int((lists.sizes >= 0).sum())
         assert listed >= listed_before
         listed_before = listed
-    assert listed_before > (300 if most_bytes > 1500 else 0)
+    assert listed_before > (200 if most_bytes > 1500 else 0)
     assert int(lists.sizes.clamp(min=0).sum()) * 8 <= most_bytes
 
 
