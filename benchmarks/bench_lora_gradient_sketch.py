@@ -31,7 +31,7 @@ def modules(layers, mode, lengths=PACK):
     return found
 
 
-def ours(layers, mode, implementation="auto"):
+def ours(layers, mode, implementation="native"):
     """[n, 17] dots and squared norms, or the sketch: sums over all modules."""
     n = len(layers[0][0][4]) - 1
     total = torch.zeros(n, N_TARGETS + 1, dtype=torch.float64) if mode == "direct" else torch.zeros(n, SKETCH_SIZE)

@@ -10,6 +10,7 @@ from fastsel.kernels._runtime.dispatch import NoImplementationError
 from fastsel.kernels._runtime.testing import assert_as_exact
 from fastsel.kernels.lora_gradient_sketch import AdamStep, lora_gradient_sketch, torch_blocked
 from fastsel.kernels.lora_gradient_sketch.cases import CASES, STEPS, Case, make_inputs
+from fastsel.kernels.random_projection import random_projection
 
 NEEDS_LIBRARY = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 BOTH = [pytest.param("native", marks=NEEDS_LIBRARY), "torch"]
@@ -119,6 +120,21 @@ def test_law_any_shape_and_options(implementation, lengths, d_in, d_out, r, step
     if step in ("sign", "no_eps"):  # a gradient within rounding of 0 has either sign
         return
     assert_close(got, truth, 3e-5)
+
+
+@pytest.mark.parametrize("kind", ["sjlt", "rademacher"])
+@pytest.mark.parametrize("implementation", ALL)
+def test_law_a_sketch_is_the_random_projection_of_the_whole_vector(implementation, kind):
+    """gamma itself, read off by the unit vectors as targets; coordinates are counted over all modules."""
+    if (implementation, kind) == ("native", "rademacher"):
+        pytest.skip("the library sketches by SJLT")
+    case = Case("small", (3, 20, 5), 24, 20, 5, "", k=40, kind=kind, sparsity=1 if kind == "rademacher" else 2)
+    inputs = make_inputs(case, torch.float32, "cpu")
+    got = call(inputs, implementation, targets=torch.eye(5 * (24 + 20)))
+    for first in (0, 1000, 2**40 + 5):
+        sketch = call(inputs, implementation, sketch=inputs[9]._replace(first=first)).sketch
+        options = {"kind": kind, "sparsity": case.sparsity, "seed": inputs[9].seed, "first": first}
+        assert_close([sketch], [random_projection(got.dots.float(), 40, **options)])
 
 
 @pytest.mark.parametrize("implementation", ALL)
