@@ -288,8 +288,9 @@ class _Greedy:
     def _novelty(
         self, vectors: torch.Tensor, picked: torch.Tensor, weights: torch.Tensor, rows: torch.Tensor
     ) -> torch.Tensor:
+        row_density = None if self.is_paper else self.sigma.index_select(0, rows)
         return novelty(
-            vectors, picked, weights, None if self.is_paper else self.sigma.index_select(0, rows), self.picked_sigma[: self.t],
+            vectors, picked, weights, row_density, self.picked_sigma[: self.t],
             rank_by="distance" if self.is_paper else "weighted", implementation=self.implementation,
         )  # fmt: skip
 

@@ -117,7 +117,8 @@ def test_a_store_goes_on_and_the_command_line_agrees(tmp_path, lora_run):
     rows = [{"instruction": "a", "output": "b"}] * N
     (tmp_path / "pool.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     arguments = ["select", "g2is", "--pool", str(tmp_path / "pool.jsonl"), "--gradients", str(tmp_path / "x.npy"),
-                 "--target-gradients", str(tmp_path / "t.npy"), "--budget", "8", "-o", str(tmp_path / "out")]  # fmt: skip
+                 "--target-gradients", str(tmp_path / "t.npy"),
+                 "--budget", "8", "-o", str(tmp_path / "out")]  # fmt: skip
     assert main(arguments) == 0
     expected = fastsel.g2is(rows, gradients=x, target_gradients=target, budget=8)
     assert np.load(tmp_path / "out" / "indices.npy").tolist() == expected.indices.tolist()

@@ -86,7 +86,8 @@ def test_the_command_line(tmp_path):
     rows = [{"instruction": "a", "output": "b"}] * 12
     (tmp_path / "pool.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     arguments = ["select", "in2core", "--pool", str(tmp_path / "pool.jsonl"), "--gradients", str(tmp_path / "x.npy"),
-                 "--target-gradients", str(tmp_path / "t.npy"), "--budget", "50%", "-o", str(tmp_path / "out")]  # fmt: skip
+                 "--target-gradients", str(tmp_path / "t.npy"),
+                 "--budget", "50%", "-o", str(tmp_path / "out")]  # fmt: skip
     assert main(arguments) == 0
     expected = np.argsort(influences(x, target), kind="stable")[:6]
     assert np.load(tmp_path / "out" / "indices.npy").tolist() == expected.tolist()
