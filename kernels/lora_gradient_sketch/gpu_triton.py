@@ -35,7 +35,7 @@ from fastsel.kernels._runtime.triton_launch import Launch, no_device
 from fastsel.kernels.lora_gradient_sketch.options import AdamStep, GradientSketch, SketchSpec
 
 GAMMAS = 2**23  # numbers of gamma in flight: 32 MB, within the second-level cache of an A100 or H100
-DOTS_STRETCH = 16384  # coordinates of one program of dots_kernel
+DOTS_STRETCH = 4096  # coordinates of one program of dots_kernel
 # (architecture, bytes of an element): for products BLOCK_T, BLOCK_K, num_warps; for gradients BLOCK_J, BLOCK_C,
 # BLOCK_T, num_warps, num_stages; float32 products. BLOCK_R is 16 to 128, by the rank.
 LAUNCH_TABLE = {
