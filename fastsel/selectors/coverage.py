@@ -177,8 +177,8 @@ class Coverage:
         weights = None if self._weights is None else torch.from_numpy(self._weights)
         if weights is not None and moved is not None:
             weights = weights[moved]
-        best, raised, weights = (None if x is None else x.float().to(self.device) for x in (best, raised, weights))
-        assert best is not None
+        best = best.float().to(self.device)
+        raised, weights = (None if x is None else x.float().to(self.device) for x in (raised, weights))
         count = self.m if moved is None else len(moved)
         step = BLOCK_ROWS if self._is_streamed else max(1, count)
         for start in range(0, count, step):

@@ -89,7 +89,7 @@ class KeptRows:
         terms = np.where(improves, terms, 0.0)
         if weights is not None:
             terms *= weights[points]
-        gains: NDArray[np.float64] = np.bincount(owner, terms, minlength=len(rows))
+        gains = np.asarray(np.bincount(owner, terms, minlength=len(rows)), dtype=np.float64)
         left = int(improves.sum())
         if left < SHRINK * len(at):
             owner = owner[improves]
