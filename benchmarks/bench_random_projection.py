@@ -10,12 +10,12 @@ import torch
 
 from fastsel.kernels._runtime import rng
 from fastsel.kernels.random_projection import random_projection
-from fastsel.kernels.random_projection.cases import CASES, make_inputs
+from fastsel.kernels.random_projection.cases import CASES, make_call
 
 
 def inputs_of(case):
     """x, k and the options of the kernel, without what is added to."""
-    x, k, options, _ = make_inputs(CASES[case], torch.float32, "cpu")
+    x, k, options, _ = make_call(CASES[case], torch.float32, "cpu")
     return x, k, options
 
 

@@ -234,7 +234,7 @@ def _whole(part: ModuleTokens, adam: AdamStep | None, step: str, dtype: torch.dt
         ]
     )
     if step == "sign":
-        return g.sign()
+        return torch.where(g.isnan(), g, g.sign())  # torch's sign of NaN is 0
     if adam is None:
         return g
     f_m, f_g, f_v, f_gg = adam.factors()

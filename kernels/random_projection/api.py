@@ -91,15 +91,14 @@ def random_projection(
         raise ValueError(f"out must have contiguous rows, its elements lie {out.stride(1)} apart")
     with torch.no_grad():
         if mask is not None:
-            kept, first = _kept(x, kind, seed, first, mask, total)
-            x = x.index_select(1, kept)
+            x, first = masked(x, kind, seed, first, mask, total)
         if x.numel():
             run(IMPLEMENTATIONS, implementation, x, k, kind, sparsity, seed % 2**64, first, out)
         return out
 
 
-def _kept(x: torch.Tensor, kind: str, seed: int, first: int, mask: int, total: int | None) -> tuple[torch.Tensor, int]:
-    """Which columns of x the mask keeps, ascending, and the number of the first of them among all that it keeps."""
+def masked(x: torch.Tensor, kind: str, seed: int, first: int, mask: int, total: int | None) -> tuple[torch.Tensor, int]:
+    """The columns of x that the mask keeps, ascending, and the number of the first of them among all that it keeps."""
     if kind != "sjlt":
         raise ValueError(f"mask goes with kind='sjlt', got {kind!r}")
     if total is None or not (first + x.shape[1] <= total and 0 <= mask <= total and total < 2**31 * max(1, mask)):
@@ -110,4 +109,4 @@ def _kept(x: torch.Tensor, kind: str, seed: int, first: int, mask: int, total: i
     kept = coordinate_mask(seed, total, mask, x.device)
     inside = torch.tensor([first, first + x.shape[1]], device=x.device)
     low, high = torch.searchsorted(kept, inside).tolist()
-    return kept[low:high] - first, low
+    return x.index_select(1, kept[low:high] - first), low

@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastsel.kernels.random_projection.api import masked
+
 
 class Case(NamedTuple):
     """b rows of p coordinates from number `first` on, projected to k, and why this shape is here."""
@@ -22,6 +24,7 @@ class Case(NamedTuple):
 
 _LIST = [
     Case("one", 1, 1, 1, "the smallest input"),
+    Case("tiny", 2, 20, 7, "smaller than any tile in every dimension", sparsity=2),
     Case("one_dense", 1, 1, 1, "the smallest input", kind="rademacher"),
     Case("no_rows", 0, 100, 8, "nothing to project"),
     Case("no_columns", 3, 0, 8, "the sum of nothing", kind="rademacher"),
@@ -45,6 +48,16 @@ CASES = {case.name: case for case in _LIST}
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> tuple[Any, ...]:
+    """What compute() takes: (x, k, kind, sparsity, seed, first, out); out is added to."""
+    x, k, options, out = make_call(case, dtype, device, seed)
+    if case.mask is not None:
+        x, options["first"] = masked(x, case.kind, options["seed"], case.first, case.mask, options["total"])
+    return x, k, case.kind, case.sparsity, options["seed"], options["first"], out
+
+
+def make_call(
+    case: Case, dtype: torch.dtype, device: torch.device | str, seed: int = 0
+) -> tuple[torch.Tensor, int, dict[str, Any], torch.Tensor]:
     """(x, k, options of random_projection, out that is added to). Drawn on the CPU: every device gets the same."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(case.b, case.p, generator=generator).to(device, dtype)

@@ -34,7 +34,7 @@ def compute(
     seed: int,
     first: int,
     out: torch.Tensor,
-) -> None:
+) -> torch.Tensor:
     """See api.random_projection."""
     (b, p), threads = x.shape, native.num_threads()
     x = x if x.stride(1) == 1 or p == 1 else x.contiguous()  # a matrix whose rows are not contiguous is copied
@@ -57,3 +57,4 @@ def compute(
         native.function("random_projection_rademacher", *matrix_types, c_uint64, c_uint64, *result_types)(
             *matrix, seed, first, *results
         )
+    return out

@@ -232,7 +232,10 @@ def _segments(first: int, p: int, bits: int) -> tuple[int, int]:
     return bits, ((first + p - 1) >> bits) - (first >> bits) + 1
 
 
-def compute(x: torch.Tensor, k: int, kind: str, sparsity: int, seed: int, first: int, out: torch.Tensor) -> None:
+def compute(
+    x: torch.Tensor, k: int, kind: str, sparsity: int, seed: int, first: int, out: torch.Tensor
+) -> torch.Tensor:
     """See api.random_projection."""
     for launch in plan(x, k, kind, sparsity, seed, first, out, architecture=triton_architecture(x)):
         launch.run()
+    return out

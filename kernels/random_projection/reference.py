@@ -1,4 +1,4 @@
-"""random_projection as its formula reads: the matrix R, and a product."""
+"""random_projection as its formula reads: each coordinate added where its map says, or the matrix R and a product."""
 
 import torch
 
@@ -18,13 +18,12 @@ def compute(
     seed: int,
     first: int,
     out: torch.Tensor,
-) -> None:
+) -> torch.Tensor:
     """See api.random_projection."""
     coordinates = torch.arange(first, first + x.shape[1], device=x.device)
     if kind == "sjlt":
-        rows, signs = sjlt_map(seed, coordinates, k, sparsity)
-        matrix_pk = torch.zeros(x.shape[1], k, dtype=out.dtype, device=x.device)
-        matrix_pk.scatter_(1, rows.T, signs.T.to(out.dtype) / sparsity**0.5)
-    else:
-        matrix_pk = rademacher_signs(seed, coordinates, torch.arange(k, device=x.device)).to(out.dtype)
-    out += x.to(out.dtype) @ matrix_pk
+        for rows, signs in zip(*sjlt_map(seed, coordinates, k, sparsity), strict=True):
+            out.index_add_(1, rows, x.to(out.dtype) * (signs.to(out.dtype) / sparsity**0.5))
+        return out
+    matrix_pk = rademacher_signs(seed, coordinates, torch.arange(k, device=x.device)).to(out.dtype)
+    return out.add_(x.to(out.dtype) @ matrix_pk)

@@ -21,7 +21,7 @@ def compute(
     seed: int,
     first: int,
     out: torch.Tensor,
-) -> None:
+) -> torch.Tensor:
     """See api.random_projection."""
     step = SJLT_TILE if kind == "sjlt" else RADEMACHER_TILE
     for start in range(0, x.shape[1], step):
@@ -37,3 +37,4 @@ def compute(
                 out[:, column : column + TILE_COLUMNS].addmm_(
                     tile, rademacher_signs(seed, numbers, columns).to(out.dtype)
                 )
+    return out

@@ -7,7 +7,7 @@ from fastsel.kernels._runtime import native, rng
 from fastsel.kernels._runtime.dispatch import NoImplementationError
 from fastsel.kernels._runtime.testing import assert_as_exact
 from fastsel.kernels.random_projection import cpu_native, random_projection, reference
-from fastsel.kernels.random_projection.cases import CASES, Case, make_inputs
+from fastsel.kernels.random_projection.cases import CASES, Case, make_call
 
 NEEDS_LIBRARY = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 BOTH = [pytest.param("native", marks=NEEDS_LIBRARY), "torch"]
@@ -35,7 +35,7 @@ def matches():
 
 @pytest.mark.parametrize(("implementation", "case", "dtype"), list(matches()))
 def test_matches_reference(implementation, case, dtype):
-    assert_matches(make_inputs(case, dtype, "cpu"), implementation)
+    assert_matches(make_call(case, dtype, "cpu"), implementation)
 
 
 @pytest.mark.slow
@@ -43,7 +43,7 @@ def test_matches_reference(implementation, case, dtype):
 @pytest.mark.parametrize("case", [case for case in CASES.values() if case.slow], ids=lambda case: case.name)
 def test_matches_float64_blocks_at_full_size(case):
     """The reference's matrix would take 33 GB: the truth is that of float64 tiles, of some columns for dense signs."""
-    x, k, options, out = make_inputs(case, torch.float32, "cpu")
+    x, k, options, out = make_call(case, torch.float32, "cpu")
     got = random_projection(x, k, **options, out=out.clone(), implementation="native")
     if case.kind == "sjlt":
         truth = random_projection(x.double(), k, **options, out=out.double(), implementation="torch")
@@ -80,7 +80,7 @@ def test_matches_the_words_themselves(implementation):
 def test_law_any_shape_and_options(implementation, b, p, k, sparsity, kind, first, seed):
     sparsity = min(sparsity, k) if kind == "sjlt" else 1
     case = Case("drawn", b, p, k, "", kind=kind, sparsity=sparsity, first=first)
-    assert_matches(make_inputs(case, torch.float32, "cpu", seed), implementation)
+    assert_matches(make_call(case, torch.float32, "cpu", seed), implementation)
 
 
 @pytest.mark.parametrize("implementation", ALL)

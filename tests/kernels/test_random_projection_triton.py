@@ -11,7 +11,7 @@ from fastsel.kernels._runtime.triton_launch import INTERPRETED, Launch  # noqa: 
 from fastsel.kernels._runtime.triton_proof import assert_sound, code_of  # noqa: E402
 from fastsel.kernels.random_projection import gpu_triton as kernel  # noqa: E402
 from fastsel.kernels.random_projection import random_projection  # noqa: E402
-from fastsel.kernels.random_projection.cases import CASES, Case, make_inputs  # noqa: E402
+from fastsel.kernels.random_projection.cases import CASES, Case, make_call  # noqa: E402
 
 outside = pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
 
@@ -68,21 +68,21 @@ SMALL = [
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def check_values_match_the_reference(case):
-    compare(make_inputs(case, torch.float32, "cpu"))
+    compare(make_call(case, torch.float32, "cpu"))
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["sjlt", "rademacher"])
 def check_values_of_16_bit_rows(kind, dtype):
-    compare(make_inputs(Case("halves", 2, 100, 40, "", kind=kind, first=13), dtype, "cpu"))
+    compare(make_call(Case("halves", 2, 100, 40, "", kind=kind, first=13), dtype, "cpu"))
 
 
 @pytest.mark.parametrize(
     "name", ["one", "one_dense", "no_rows", "no_columns", "more_than_given", "near_the_end", "masked"]
 )
 def check_values_of_named_cases(name):
-    compare(make_inputs(CASES[name], torch.float32, "cpu"))
+    compare(make_call(CASES[name], torch.float32, "cpu"))
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def check_values_of_named_cases(name):
 @pytest.mark.parametrize("name", ["odd", "odd_dense", "whole_blocks"])
 def check_values_with_the_tiles_of_every_architecture(architecture, name, monkeypatch):
     monkeypatch.setattr(kernel, "triton_architecture", lambda tensor: architecture)
-    compare(make_inputs(CASES[name], torch.float32, "cpu"))
+    compare(make_call(CASES[name], torch.float32, "cpu"))
 
 
 def check_values_are_the_map_backwards():
@@ -138,7 +138,7 @@ def check_planted_faults_are_caught(kind, planted, monkeypatch):
 
     monkeypatch.setattr(Launch, "run", run)
     with pytest.raises((AssertionError, triton.runtime.errors.InterpreterError)):
-        compare(make_inputs(Case("planted", 2, 150, 50, "", kind=kind, first=13), torch.float32, "cpu"))
+        compare(make_call(Case("planted", 2, 150, 50, "", kind=kind, first=13), torch.float32, "cpu"))
 
 
 # ------------------------------------------------------------------------------------ machine code
