@@ -80,7 +80,7 @@ def test_every_function_is_exported_once_for_each_instruction_set_and_nothing_el
     ).stdout
     exported = {line.split()[-1] for line in listing.splitlines()} - {"_init", "_fini"}
     names = [name for path in SOURCES for name in re.findall(r"FASTSEL_EXPORT\((\w+)\)", path.read_text())]
-    assert set(OPERATIONS) <= set(names)
+    assert all(any(f"{name}_".startswith(f"{operation}_") for name in names) for operation in OPERATIONS)
     functions = {f"{name}_{isa}" for name in names for isa in setup_constants()["X86_INSTRUCTION_SETS"]}
     assert exported == functions | {"fastsel_sources"}
 
@@ -98,7 +98,7 @@ def test_no_symbol_is_weak(operation, tmp_path):
     )
     listing = subprocess.run(["nm", "-C", str(objects)], capture_output=True, text=True, check=True).stdout
     symbols = re.findall(r"^([0-9a-f]{16}) (\w) (.*)$", listing, flags=re.MULTILINE)
-    assert f"{operation}_avx512" in [name for _, kind, name in symbols if kind == "T"]
+    assert any(kind == "T" and re.match(rf"{operation}_(\w+_)?avx512$", name) for _, kind, name in symbols)
     assert [symbol for symbol in symbols if symbol[1] in "VWuvw"] == []
 
 
@@ -116,7 +116,9 @@ for operation in sys.argv[2:]:
             refused = importlib.import_module(implementations["native"]).unsupported(*inputs)
             if refused and dtype != torch.float32:
                 continue
-            got, expected = (run(implementations, name, *inputs) for name in ("native", "reference"))
+            # Some operations add to an input.
+            copies = [[x.clone() if isinstance(x, torch.Tensor) else x for x in inputs] for _ in range(2)]
+            got, expected = run(implementations, "native", *copies[0]), run(implementations, "reference", *copies[1])
             if isinstance(got, dict):
                 got, expected = list(got.values()), list(expected.values())
             if isinstance(got, torch.Tensor):
@@ -125,7 +127,10 @@ for operation in sys.argv[2:]:
                 if b is None:
                     continue
                 tolerance = 3e-5 if b.dtype in (torch.float32, torch.float64) else 2e-2
-                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda m: f"{case.name} {m}")
+                largest = b.double().nan_to_num(0, 0, 0).abs().amax().item() if b.numel() else 0.0
+                torch.testing.assert_close(
+                    a, b, rtol=tolerance, atol=tolerance * max(1.0, 0.1 * largest), msg=lambda m: f"{case.name} {m}"
+                )
             print("right")
 """
 
