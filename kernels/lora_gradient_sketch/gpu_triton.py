@@ -247,7 +247,14 @@ def plan(
         rows_at_once = max(1, GAMMAS // (n_block * n_columns * block_j)) * block_j
         rows_at_once = min(rows_at_once, triton.cdiv(n_rows, block_j) * block_j)
         gammas = x.new_empty(n_block, min(rows_at_once, n_rows) * n_columns, dtype=floats)
-        state = {"exp_avg_ptr": None, "exp_avg_sq_ptr": None, "of_m": 0.0, "of_g": 1.0, "of_v": 0.0, "of_gg": 0.0}
+        state: dict[str, Any] = {
+            "exp_avg_ptr": None,
+            "exp_avg_sq_ptr": None,
+            "of_m": 0.0,
+            "of_g": 1.0,
+            "of_v": 0.0,
+            "of_gg": 0.0,
+        }
         state |= {"eps_inside": 0.0, "eps_outside": 0.0}
         if adam is not None:
             state |= dict(zip(("of_m", "of_g", "of_v", "of_gg"), adam.factors(), strict=True))
