@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fastsel.errors import InputError, UsageError
 from fastsel.executors.local import LocalProcesses
 from fastsel.features import batches as cutting
-from fastsel.features.gradient_rows import AdamMoments, GradientWorker, as_stored
+from fastsel.features.gradient_rows import AdamMoments, GradientWorker, _whole, as_stored
 from fastsel.features.gradients import lora_gradients, moments_of
 from fastsel.features.training_rows import TrainingTokenizer
 from fastsel.io import bundled_pool_path, open_pool
@@ -21,7 +21,9 @@ from fastsel.io.templates import load_template
 from fastsel.kernels._runtime.rng import sjlt_map
 from fastsel.kernels.lora_gradient_sketch import SketchSpec
 from fastsel.models.loading import load_model
+from fastsel.models.lora_batch import ModuleTokens
 from fastsel.models.lora_forward import LoraForward
+from fastsel.models.lora_modules import LoraModule
 
 peft = pytest.importorskip("peft")
 N_ROWS = 12
@@ -289,6 +291,15 @@ def test_moments_follow_the_order_of_coordinates(loaded):
     expected = torch.cat([p.detach().reshape(-1) for name, p in loaded.model.named_parameters() if "lora_" in name])
     assert torch.equal(moments.exp_avg, expected * 2) and torch.equal(moments.exp_avg_sq, expected**2)
     assert moments[2:] == (3, (0.8, 0.9), 1e-6)
+
+
+def test_edges_nan_has_no_sign():
+    """A = (1, 1), B = (1, 1), x = (NaN, 1), delta = (1, 1): dA = (NaN, 2), dB = (NaN, NaN)."""
+    module = LoraModule(0, "q", ("a", "b"), torch.ones(1, 2), torch.ones(2, 1), 1.0, 0)
+    x = torch.tensor([[float("nan"), 1.0]])
+    part = ModuleTokens(module, x, torch.ones(1, 2), 1.0, torch.tensor([0, 1]), slice(0, 1))
+    assert _whole(part, None, "sign", torch.float64)[0].tolist()[1] == 1
+    assert _whole(part, None, "sign", torch.float64)[0].isnan().tolist() == [True, False, True, True]
 
 
 @pytest.mark.parametrize(
