@@ -23,7 +23,7 @@ from fastsel.selectors.rows import BLOCK_ROWS, Rows
 
 CACHE_BYTES = 16 << 20  # of similarities kept: a contender of one pick is often one of the next
 PAIR_BYTES = 12
-LIST_BYTES = 20 << 20  # of shortlists, at least
+LIST_BYTES = 12 << 20  # of shortlists, at least
 
 
 class Coverage:
