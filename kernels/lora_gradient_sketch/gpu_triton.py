@@ -14,7 +14,8 @@ Reads and writes: x and delta once for products; the token tiles of an example o
     targets once for a block of examples.
 Accumulator: float32; partial dots and norms are added in float64. bfloat16: the products with A and B, the two
     [t, r] results, and gamma before bfloat16 targets are pairs of bfloat16 numbers (16 bits of mantissa), multiplied
-    as such. float16, whose exponents are too few for gradients, and float32: three TF32 products ("tf32x3") on NVIDIA, true float32 on AMD.
+    as such. float16, whose exponents are too few for gradients, and float32: three TF32 products ("tf32x3") on NVIDIA,
+    true float32 on AMD.
 Limits: float32, bfloat16, float16; SJLT; rows that are no multiple of 16 elements are read narrowly.
 
 Ladder: docs/measured.md has the predicted times (no GPU has run this file yet).
