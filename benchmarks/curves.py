@@ -1,5 +1,7 @@
 """Draw how time and memory grow, from the rows of history.csv whose case begins with "growth": docs/growth.svg.
 
+Prints the same numbers as a table for docs/growth.md.
+
 python benchmarks/curves.py            # after record.py; needs matplotlib (the extra "report")
 
 A row counts where it is the latest of its operation and case. Rows of one operation and kind (what the case says beside
@@ -27,7 +29,7 @@ def measured() -> dict[str, dict[tuple[int, int], dict[str, float]]]:
             rest = re.sub(r"\b[nkd]=[\d,]+\d", "", row["case"].removeprefix("growth"))
             kind = " ".join([row["op"].removeprefix("selectors.").removeprefix("select "), *re.findall(r"\w+", rest)])
             found[kind][sizes["n"], sizes["k"]] = {
-                name: float(row[name]) for name in ("our_s", "our_peak_bytes") if row[name]
+                name: float(row[name]) for name in ("our_s", "our_peak_bytes", "row") if row[name]
             }
     return found
 
@@ -48,7 +50,7 @@ def curves(points: dict[tuple[int, int], dict[str, float]], along: str, column: 
 
 
 def main() -> None:
-    """Draw the four panels."""
+    """Draw the four panels, print the table."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -67,6 +69,11 @@ def main() -> None:
         axis.grid(visible=True, which="both", alpha=0.2)
         axis.legend(fontsize=6)
     figure.savefig(HERE.parent / "docs" / "growth.svg", metadata={"Date": None})
+    print("| what | n | k | seconds | MB | row |\n| --- | --- | --- | --- | --- | --- |")
+    for kind, points in sorted(measured().items()):
+        for (n, k), columns in sorted(points.items()):
+            megabytes = columns["our_peak_bytes"] / 1e6
+            print(f"| {kind} | {n:,} | {k:,} | {columns['our_s']:.3g} | {megabytes:.0f} | {columns['row']:.0f} |")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from fastsel.errors import UsageError
 BLOCK_ROWS = 8192
 # Entries checked at a time: 32 MB in float64, also where rows are as wide as gradients are.
 BLOCK_VALUES = 2**22
+# Entries brought to unit length at a time: 20 MB on the way beside the copy.
+UNIT_VALUES = 2**20
 _READ_AS_THEY_ARE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -101,7 +103,7 @@ class Rows:
                 self._whole = self.given
             else:
                 whole = torch.empty(self.n, self.d, dtype=torch.float32, device=self.device)
-                for start, block in self.blocks():
+                for start, block in self.blocks(max(1, UNIT_VALUES // self.d)):
                     whole[start : start + len(block)] = block
                 self._whole = whole
         return self._whole
