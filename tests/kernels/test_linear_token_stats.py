@@ -438,7 +438,7 @@ print(status("VmHWM") - before)
 def test_edges_memory(implementation, sizes):
     """At most 16 MB beyond the inputs, where the reference stores logits of 200 and 400 MB."""
     command = [sys.executable, "-c", MEMORY, implementation, *map(str, sizes)]
-    # The least of three: on a machine under pressure, pages of the inputs that were taken away come back during the call.
+    # The least of three: under pressure, pages of the inputs that were taken away come back during the call.
     taken = min(
         int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
         for _ in range(1 if implementation == "reference" else 3)
