@@ -7,11 +7,11 @@ batch that they were in.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 
 import fastsel
 from fastsel.errors import InputError, UsageError
-from fastsel.features.batches import ROWS_AT_ONCE, Shard, plan_shards
+from fastsel.features.batches import ROWS_AT_ONCE, Shard
 from fastsel.features.row_texts import RowText, whole_text
+from fastsel.features.shard_runs import Executor, run_shards
 from fastsel.io.examples import OK, SKIPPED, STATUS, TRUNCATED, Example
 from fastsel.io.row_reasons import RowReasons
 from fastsel.kernels._runtime.dispatch import recording
 from fastsel.models.encoders import Encoder, load_encoder
 from fastsel.progress import progress_bar
-from fastsel.store import FeatureStore
 
 if TYPE_CHECKING:
     from fastsel.io import Pool
@@ -40,13 +40,6 @@ REASONS = (
     "its vector is not finite",
 )
 FITS, NO_TEXT, CUT, NOT_FINITE = range(len(REASONS))
-
-
-class Executor(Protocol):
-    """Where shards run."""
-
-    def map_shards(self, function: Callable[[Shard], Any], shards: Sequence[Shard]) -> Any:
-        """The function's results, in the order of the shards."""
 
 
 @dataclass
@@ -157,37 +150,18 @@ def embed_pool(
         "batch_tokens": per_batch,
     }
     feature = {"feature": "embeddings", "fastsel": fastsel.__version__}
-    fingerprint = {**feature, **options, "pool": pool.fingerprint, "rows": len(pool)}
     tokenise = partial(_row_tokens, loaded, row_text)
-    with FeatureStore(store, fingerprint) if store is not None else nullcontext() as kept:
-        if kept is not None and kept.plan is not None:
-            shards = [Shard(*shard) for shard in kept.plan]
-        else:
-            shards = plan_shards(pool, tokenise)
-            if kept is not None:
-                kept.set_plan(shards)
-        planned = time.perf_counter()
-        # Rows without a vector hold zeros here and are left out at the end.
-        vectors = np.zeros((len(pool), loaded.d), np.float32)
-        records = np.zeros(len(pool), _record(0))
-        with progress_bar(sum(shard.tokens for shard in shards), "tok", mode=progress, description="embedding") as bar:
-            embed = partial(_embed_shard, pool, tokenise, loaded, per_batch, bar.update if executor is None else None)
-            todo = []
-            for shard in shards:
-                if kept is not None and kept.has(shard.start, shard.stop, _content(pool, shard)):
-                    _put(kept.read(shard.start, shard.stop), shard, records, vectors)
-                    bar.skip(shard.tokens)
-                else:
-                    todo.append(shard)
-            results = map(embed, todo) if executor is None else executor.map_shards(embed, todo)
-            for shard, result in zip(todo, results, strict=True):
-                _put(result, shard, records, vectors)
-                if kept is not None:
-                    kept.write(shard.start, shard.stop, _content(pool, shard), result)
-                if executor is not None:
-                    bar.update(shard.tokens)
+    prepared_s = time.perf_counter() - started
+    # Rows without a vector hold zeros here and are left out at the end.
+    vectors = np.zeros((len(pool), loaded.d), np.float32)
+    records = np.zeros(len(pool), _record(0))
+    run = run_shards(
+        pool, tokenise, lambda on_tokens: partial(_embed_shard, pool, tokenise, loaded, per_batch, on_tokens),
+        lambda shard, of_shard: _put(of_shard, shard, records, vectors),
+        fingerprint={**feature, **options}, store=store, executor=executor, progress=progress, description="embedding",
+    )  # fmt: skip
     embeddings = _collect(pool, records, vectors, row_text.name, loaded.max_length)
-    embeddings.timings = {"plan": planned - started, "embed": time.perf_counter() - planned}
+    embeddings.timings = {"prepare": prepared_s, "plan": run.plan_s, "embed": run.work_s}
     embeddings.provenance = {**options, "forward": loaded.path}
     embeddings.notes = [*loaded.notes]
     return embeddings
@@ -291,10 +265,6 @@ def _record(d: int) -> np.dtype[Any]:
     """What is kept of a row; `text` names what was embedded, 128 bits."""
     fields: list[Any] = [("n_tokens", "<i4"), ("why", "|u1"), ("text", "<u8", (2,))]
     return np.dtype([*fields, ("vector", "<f4", (d,))] if d else fields)
-
-
-def _content(pool: "Pool", shard: Shard) -> str:
-    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(pool.content_hash[shard.start : shard.stop]).tobytes())
 
 
 def _embed_shard(

@@ -7,7 +7,6 @@ token counts alone, before the first forward; so the numbers do not depend on wh
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ import fastsel
 from fastsel.errors import UsageError
 from fastsel.features.answer_scorer import torch_build
 from fastsel.features.answer_tokens import FITS, OVERFLOW, REASONS, TURNS, WITH_SCORE
-from fastsel.features.batches import Shard, plan_shards
+from fastsel.features.batches import Shard
 from fastsel.features.gradient_rows import (
     EPS_MODES,
     STEPS,
@@ -30,7 +29,7 @@ from fastsel.features.gradient_rows import (
     GradientWorker,
     moved,
 )
-from fastsel.features.token_stats import Executor
+from fastsel.features.shard_runs import Executor, OnTokens, run_shards
 from fastsel.features.training_rows import TrainingTokenizer
 from fastsel.io.examples import OK, SKIPPED, TRUNCATED
 from fastsel.io.row_reasons import RowReasons
@@ -41,8 +40,6 @@ from fastsel.models import lora_forward
 from fastsel.models.loading import LoadedModel
 from fastsel.models.lora_forward import LoraForward, ModuleTokens
 from fastsel.models.lora_modules import LoraModule
-from fastsel.progress import progress_bar
-from fastsel.store import FeatureStore
 
 if TYPE_CHECKING:
     from fastsel.io import Pool
@@ -205,38 +202,22 @@ def lora_gradients(
         **_described(rule),
     }
     feature = {"feature": "lora gradients", "fastsel": fastsel.__version__, "torch": torch_build()}
-    fingerprint = {**feature, **options, "pool": pool.fingerprint, "rows": len(pool)}
     parts: list[tuple[Shard, NDArray[Any]]] = []
-    with FeatureStore(store, fingerprint) if store is not None else nullcontext() as kept:
-        if kept is not None and kept.plan is not None:
-            shards = [Shard(*shard) for shard in kept.plan]
-        else:
-            shards = plan_shards(pool, tokenise)
-            if kept is not None:
-                kept.set_plan(shards)
-        planned = time.perf_counter()
-        total = sum(shard.tokens for shard in shards)
-        with progress_bar(total, "tok", mode=progress, description="taking gradients") as bar:
-            worker.on_tokens = bar.update if executor is None else None
-            todo = []
-            for shard in shards:
-                if kept is not None and kept.has(shard.start, shard.stop, _content(pool, shard)):
-                    parts.append((shard, kept.read(shard.start, shard.stop)))
-                    bar.skip(shard.tokens)
-                else:
-                    todo.append(shard)
-            results = map(worker, todo) if executor is None else executor.map_shards(worker, todo)
-            for shard, result in zip(todo, results, strict=True):
-                if kept is not None:
-                    kept.write(shard.start, shard.stop, _content(pool, shard), result)
-                    result = kept.read(shard.start, shard.stop)  # mapped: the store streams
-                parts.append((shard, result))
-                if executor is not None:
-                    bar.update(shard.tokens)
+    prepared_s = time.perf_counter() - started
+
+    def working(on_tokens: OnTokens) -> GradientWorker:
+        worker.on_tokens = on_tokens
+        return worker
+
+    run = run_shards(
+        pool, tokenise, working, lambda shard, records: parts.append((shard, records)),
+        fingerprint={**feature, **options}, store=store, executor=executor, progress=progress,
+        description="taking gradients",
+    )  # fmt: skip
     parts.sort(key=lambda part: part[0].start)
     gradients = _collect(pool, parts, rule, forward.n_parameters, max_length)
-    gradients.tokens = total
-    gradients.timings = {"plan": planned - started, "gradients": time.perf_counter() - planned}
+    gradients.tokens = run.tokens
+    gradients.timings = {"prepare": prepared_s, "plan": run.plan_s, "gradients": run.work_s}
     gradients.provenance = {**options, "device": str(loaded.device), "forward": forward.path}
     gradients.notes = [note for note in (loaded.note, forward.reason) if note]
     return gradients
@@ -302,10 +283,6 @@ def _digest(*tensors: torch.Tensor) -> str:
         digest.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _content(pool: "Pool", shard: Shard) -> str:
-    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(pool.content_hash[shard.start : shard.stop]).tobytes())
 
 
 def _collect(

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from fastsel.errors import InputError, UsageError
 from fastsel.features.answer_tokens import CONDITIONED
-from fastsel.features.embeddings import Executor, embed_pool
+from fastsel.features.embeddings import embed_pool
 from fastsel.features.row_texts import JudgedText
+from fastsel.features.shard_runs import Executor
 from fastsel.features.token_stats import answer_losses, window_of
 from fastsel.io.examples import OK
 from fastsel.io.templates import load_template

@@ -5,13 +5,11 @@ depend on where a run was interrupted. Only the hidden states that predict answe
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 import fastsel
@@ -27,25 +25,17 @@ from fastsel.features.answer_tokens import (
     WITH_SCORE,
     AnswerTokenizer,
 )
-from fastsel.features.batches import Shard, plan_shards
+from fastsel.features.batches import Shard
+from fastsel.features.shard_runs import Executor, OnTokens, run_shards
 from fastsel.io.examples import OK, SKIPPED, TRUNCATED
 from fastsel.io.row_reasons import RowReasons
 from fastsel.io.templates import Template
 from fastsel.models.loading import LoadedModel
-from fastsel.progress import progress_bar
-from fastsel.store import FeatureStore
 
 if TYPE_CHECKING:
     from fastsel.io import Pool
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-
-
-class Executor(Protocol):
-    """Where shards run."""
-
-    def map_shards(self, function: Callable[[Shard], NDArray[Any]], shards: Sequence[Shard]) -> Iterable[Any]:
-        """The function's results, in the order of the shards."""
 
 
 @dataclass
@@ -150,6 +140,7 @@ def answer_losses(
     per_batch = batch_tokens or BATCH_TOKENS["cpu" if loaded.device.type == "cpu" else "cuda"]
     scorer = AnswerScorer(pool, loaded, tokenise, tuple(passes), per_batch, implementation)
     model = scorer.forward()
+    prepared_s = time.perf_counter() - started
     options = {
         "model": {"name": loaded.name, "revision": loaded.revision, "fingerprint": loaded.fingerprint},
         "device": loaded.device.type,
@@ -165,39 +156,22 @@ def answer_losses(
         "batch_tokens": per_batch,
     }
     feature = {"feature": "answer losses", "fastsel": fastsel.__version__, "torch": torch_build()}
-    fingerprint = {**feature, **options, "pool": pool.fingerprint, "rows": len(pool)}
-    with FeatureStore(store, fingerprint) if store is not None else nullcontext() as kept:
-        if kept is not None and kept.plan is not None:
-            shards = [Shard(*shard) for shard in kept.plan]
-        else:
-            shards = plan_shards(pool, tokenise)
-            if kept is not None:
-                kept.set_plan(shards)
-        planned = time.perf_counter()
-        records = np.zeros(len(pool), record_dtype(passes))
-        total = sum(shard.tokens for shard in shards)
-        with progress_bar(total, "tok", mode=progress, description="scoring answers") as bar:
-            todo = []
-            for shard in shards:
-                if kept is not None and kept.has(shard.start, shard.stop, _content(pool, shard)):
-                    records[shard.start : shard.stop] = kept.read(shard.start, shard.stop)
-                    bar.skip(shard.tokens)
-                else:
-                    todo.append(shard)
-            if executor is None:
-                scorer.on_tokens = bar.update
-                results: Iterable[NDArray[Any]] = map(scorer, todo)
-            else:
-                results = executor.map_shards(scorer, todo)
-            for shard, result in zip(todo, results, strict=True):
-                records[shard.start : shard.stop] = result
-                if kept is not None:
-                    kept.write(shard.start, shard.stop, _content(pool, shard), result)
-                if executor is not None:
-                    bar.update(shard.tokens)
+    records = np.zeros(len(pool), record_dtype(passes))
+
+    def worker(on_tokens: OnTokens) -> AnswerScorer:
+        scorer.on_tokens = on_tokens
+        return scorer
+
+    def take(shard: Shard, of_shard: NDArray[Any]) -> None:
+        records[shard.start : shard.stop] = of_shard
+
+    run = run_shards(
+        pool, tokenise, worker, take, fingerprint={**feature, **options}, store=store, executor=executor,
+        progress=progress, description="scoring answers",
+    )  # fmt: skip
     losses = _collect(pool, records, passes, max_length)
-    losses.tokens = total
-    losses.timings = {"plan": planned - started, "forward": time.perf_counter() - planned}
+    losses.tokens = run.tokens
+    losses.timings = {"prepare": prepared_s, "plan": run.plan_s, "forward": run.work_s}
     losses.provenance = {**options, "device": str(loaded.device), "forward": model.path}
     losses.notes = [note for note in (loaded.note, model.reason) if note]
     return losses
@@ -215,10 +189,6 @@ def window_of(loaded: LoadedModel, asked: int | None, papers: int) -> int:
     if asked < 2 or (most is not None and asked > most):
         raise UsageError(f"max_length={asked} must be from 2 to {most or 'any number'}, which {loaded.name} can take")
     return asked
-
-
-def _content(pool: "Pool", shard: Shard) -> str:
-    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(pool.content_hash[shard.start : shard.stop]).tobytes())
 
 
 def _collect(pool: "Pool", records: NDArray[Any], passes: Sequence[str], max_length: int) -> AnswerLosses:
