@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from fastsel.kernels.topk_similarity import topk_similarity
+from fastsel.selectors.neighbours import nearest_rows
 from fastsel.selectors.rows import Rows, check_k, check_rows
 from fastsel.selectors.target_similarity import check_groups, check_targets
 
@@ -74,9 +74,8 @@ class _Targets:
         self._lists = list(zip(*best, strict=True))
 
     def _best(self, which: slice, length: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        found = topk_similarity(
-            self._targets.whole()[which], self._rows.whole(), length, implementation=self._implementation
-        )
+        targets = Rows(self._targets.whole()[which])
+        found = nearest_rows(targets, self._rows, length, implementation=self._implementation)
         return found.indices.cpu().numpy(), found.values.double().cpu().numpy()
 
     def place(self, who: int, at: int) -> tuple[int, float]:
@@ -96,7 +95,7 @@ class _Groups:
         self._similarities, self._orders = [], []
         for group in range(self.n):
             points = targets.whole()[torch.from_numpy(np.flatnonzero(of == group)).to(targets.device)]
-            nearest = topk_similarity(rows.whole(), points, 1, implementation=implementation).values[:, 0]
+            nearest = nearest_rows(rows, Rows(points), 1, implementation=implementation).values[:, 0]
             self._similarities.append(nearest.double().cpu().numpy())
             self._orders.append(np.argsort(-self._similarities[-1], kind="stable"))
 

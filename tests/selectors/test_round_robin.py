@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsel.errors import UsageError
+from fastsel.selectors import neighbours
 from fastsel.selectors.round_robin import round_robin
+from fastsel.selectors.rows import Rows
 from fastsel.selectors.target_similarity import target_similarity
 
 
@@ -70,6 +72,34 @@ def test_one_target_that_everybody_likes_gets_a_long_list():
     x = np.random.default_rng(0).standard_normal((200, 4))
     picks, _ = round_robin(x, 150, targets=np.stack([x[0], x[0]]))
     assert picks.tolist() == naive(x, 150, np.stack([x[0], x[0]]))[0]
+
+
+def test_edges_ties_among_many_rows_go_to_the_lowest():
+    """Three rows in 1,000 copies, mixed: a sort that keeps no order would show."""
+    x = np.eye(3)[np.arange(3000) * 7 % 3] + [1, 0, 0]
+    picks, _ = round_robin(x, 3000, targets=[[1.0, 1.0, 0.1]], groups=[0])
+    kind = np.arange(3000) * 7 % 3
+    assert picks.tolist() == [*np.flatnonzero(kind == 1), *np.flatnonzero(kind == 0), *np.flatnonzero(kind == 2)]
+
+
+def test_edges_a_mapped_matrix_is_read_in_blocks(tmp_path, monkeypatch):
+    whole_of = Rows.whole
+
+    def unless_mapped(rows):
+        assert not rows.is_mapped
+        return whole_of(rows)
+
+    draw = np.random.default_rng(7)  # no ties: parts of a product may round differently
+    x, targets = draw.standard_normal((300, 5)), draw.standard_normal((4, 5))
+    np.save(tmp_path / "x.npy", x)
+    monkeypatch.setattr(neighbours, "MAPPED_POINTS", 64)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    for groups in (None, [0, 1, 1, 0]):
+        whole, gains = round_robin(x, 40, targets=targets, groups=groups)
+        with monkeypatch.context() as patch:
+            patch.setattr(Rows, "whole", unless_mapped)
+            picks, again = round_robin(mapped, 40, targets=targets, groups=groups)
+        assert picks.tolist() == whole.tolist() and again == pytest.approx(gains, abs=1e-6)
 
 
 def test_edges():
