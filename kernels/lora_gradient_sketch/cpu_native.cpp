@@ -183,28 +183,6 @@ static void multiply_rows(const Problem& p, const void* matrix, int64_t stride, 
     }
 }
 
-// out[j][c] = or += sum over t < depth of left[t][j] right[t][c]: RANKS x TILE_COLUMNS.
-template <bool ACCUMULATE>
-static inline void outer_tile(const float* left, int64_t left_stride, const float* right, int64_t right_stride,
-                              int64_t depth, float* out, int64_t out_stride) {
-    Floats low[RANKS] = {}, high[RANKS] = {};
-    for (int64_t t = 0; t < depth; ++t) {
-        const Floats right_low = load(right + t * right_stride), right_high = load(right + t * right_stride + LANES);
-#pragma GCC unroll 8
-        for (int j = 0; j < RANKS; ++j) {
-            const Floats one = splat(left[t * left_stride + j]);
-            low[j] += one * right_low;
-            high[j] += one * right_high;
-        }
-    }
-#pragma GCC unroll 8
-    for (int j = 0; j < RANKS; ++j) {
-        float* const to = out + j * out_stride;
-        store(to, ACCUMULATE ? load(to) + low[j] : low[j]);
-        store(to + LANES, ACCUMULATE ? load(to + LANES) + high[j] : high[j]);
-    }
-}
-
 // out[j][c] = or += the sum over `depth` tokens from `token` on, for `ranks` ranks of a tile and its columns; columns past
 // the end hold nothing of use.
 static void form(const void* right, int64_t stride, ElementType type, const float* left, int64_t left_stride,
@@ -228,9 +206,9 @@ static void form(const void* right, int64_t stride, ElementType type, const floa
         for (int64_t j = 0; j < ranks; j += RANKS) {
             float* const to = out + j * out_stride + c;
             if (is_first)
-                outer_tile<false>(left + tile.rank + j, left_stride, from, from_stride, depth, to, out_stride);
+                outer_products<RANKS, false>(left + tile.rank + j, left_stride, from, from_stride, depth, to, out_stride);
             else
-                outer_tile<true>(left + tile.rank + j, left_stride, from, from_stride, depth, to, out_stride);
+                outer_products<RANKS, true>(left + tile.rank + j, left_stride, from, from_stride, depth, to, out_stride);
         }
     }
 }

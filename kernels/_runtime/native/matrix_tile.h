@@ -102,25 +102,32 @@ static void pack_panel(
     if (type == FLOAT16) pack_panel_as<WIDTH, FLOAT16>(rows, stride, count, depth, panel);
 }
 
-// out[r * out_stride + c] = or += sum over k < depth of left[k][r] right[k][c], for a whole tile.
-template <bool ACCUMULATE>
-static inline void multiply_tile(const float* left, const float* right, int64_t depth, float* out, int64_t out_stride) {
-    Floats low[TILE_ROWS] = {}, high[TILE_ROWS] = {};
+// out[r][c] = or += sum over k < depth of left[k][r] right[k][c], for ROWS x TILE_COLUMNS that fit the registers.
+template <int ROWS, bool ACCUMULATE>
+static inline void outer_products(const float* left, int64_t left_stride, const float* right, int64_t right_stride,
+                                  int64_t depth, float* out, int64_t out_stride) {
+    Floats low[ROWS] = {}, high[ROWS] = {};
     for (int64_t k = 0; k < depth; ++k) {
-        const Floats right_low = load(right + k * TILE_COLUMNS), right_high = load(right + k * TILE_COLUMNS + LANES);
+        const Floats right_low = load(right + k * right_stride), right_high = load(right + k * right_stride + LANES);
 #pragma GCC unroll 12
-        for (int r = 0; r < TILE_ROWS; ++r) {
-            const Floats one = splat(left[k * TILE_ROWS + r]);
+        for (int r = 0; r < ROWS; ++r) {
+            const Floats one = splat(left[k * left_stride + r]);
             low[r] += one * right_low;
             high[r] += one * right_high;
         }
     }
 #pragma GCC unroll 12
-    for (int r = 0; r < TILE_ROWS; ++r) {
+    for (int r = 0; r < ROWS; ++r) {
         float* const to = out + r * out_stride;
         store(to, ACCUMULATE ? load(to) + low[r] : low[r]);
         store(to + LANES, ACCUMULATE ? load(to + LANES) + high[r] : high[r]);
     }
+}
+
+// The same for a whole tile of packed panels.
+template <bool ACCUMULATE>
+static inline void multiply_tile(const float* left, const float* right, int64_t depth, float* out, int64_t out_stride) {
+    outer_products<TILE_ROWS, ACCUMULATE>(left, TILE_ROWS, right, TILE_COLUMNS, depth, out, out_stride);
 }
 
 }  // namespace
