@@ -20,6 +20,7 @@ from fastsel.kernels.linear_token_stats import gpu_triton as stats
 from fastsel.kernels.linear_token_stats.cases import ALL_OUTPUTS
 from fastsel.kernels.lora_gradient_sketch import AdamStep, SketchSpec
 from fastsel.kernels.lora_gradient_sketch import gpu_triton as lora
+from fastsel.kernels.lora_gradient_sketch import predicted_work as lora_work
 from fastsel.kernels.novelty import gpu_triton as novel
 from fastsel.kernels.random_projection import gpu_triton as projection
 from fastsel.kernels.topk_similarity import gpu_triton as topk
@@ -137,7 +138,7 @@ def lora_module(chip: Chip, mode: str) -> tuple[dict[str, float], float]:
     seconds, flops = Counter[str](), 0
     for launch in lora_launches(chip.architecture, mode):
         code = machine_code(compile_launch(launch, chip.architecture), chip.architecture)
-        work = lora.work(launch, tokens)
+        work = lora_work.work(launch, tokens)
         seconds[launch.kernel.__name__] += predict_streaming(code, chip=chip, **work).seconds
         if work["matrix_units"] == "16-bit":
             flops += work["needed_flops"]
