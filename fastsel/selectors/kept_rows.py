@@ -55,14 +55,21 @@ class KeptRows:
             freed = np.cumsum(self._count[least_wanted])
             enough = np.searchsorted(freed, excess + self.capacity // 2) + 1
             self._count[least_wanted[:enough]] = -1
+        # Row by row, in the order in which they lie: within the same arrays where these are large enough.
         rows = self.numbers
-        at, _ = self._places(rows)
-        size = max(len(at) + total, min(self.capacity, 2 * len(self._points)))
-        points, similarities = np.empty(size, np.int32), np.empty(size)
-        points[: len(at)], similarities[: len(at)] = self._points[at], self._similarities[at]
-        counts = self._count[rows]
-        self._start[rows] = np.cumsum(counts) - counts
-        self._points, self._similarities, self._used = points, similarities, len(at)
+        rows = rows[np.argsort(self._start[rows], kind="stable")]
+        counts, old_starts = self._count[rows], self._start[rows]
+        kept = int(counts.sum())
+        size = max(kept + total, min(self.capacity, 2 * len(self._points)))
+        points, similarities = self._points, self._similarities
+        if size > len(points) or len(points) > self.capacity:
+            points, similarities = np.empty(size, np.int32), np.empty(size)
+        starts = np.cumsum(counts) - counts
+        for to, start, count in zip(starts.tolist(), old_starts.tolist(), counts.tolist(), strict=True):
+            points[to : to + count] = self._points[start : start + count]
+            similarities[to : to + count] = self._similarities[start : start + count]
+        self._start[rows] = starts
+        self._points, self._similarities, self._used = points, similarities, kept
 
     def _places(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where the pairs of rows lie, one row after another, and which of the rows each belongs to."""
