@@ -171,7 +171,7 @@ def projected(
     blocks, notes = [], []
     for target in targets:
         found = lora_gradients(
-            target.pool, state.loaded, template=setup.target_template, step="sgd", progress="none", **common
+            target.pool, state.loaded, template=setup.target_template, step="sgd", progress=progress, **common
         )
         is_wanted = np.zeros(len(target.pool), np.bool_)
         is_wanted[target.rows] = True

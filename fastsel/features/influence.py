@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,13 @@ from fastsel.features.answer_tokens import NOT_FINITE, REASONS
 from fastsel.features.gradient_rows import AdamMoments, BatchFeatures, GradientRule, batches
 from fastsel.features.gradients import LoraGradients, lora_gradients, moments_of
 from fastsel.features.targets import Target
-from fastsel.features.training_rows import TrainingTokenizer
+from fastsel.features.training_rows import TrainingRow, TrainingTokenizer
 from fastsel.io.templates import Template
 from fastsel.kernels.lora_gradient_sketch import SketchSpec
 from fastsel.models.checkpoints import Checkpoint, open_checkpoints
 from fastsel.models.loading import LoadedModel
 from fastsel.models.lora_forward import LabelledSequence, LoraForward
+from fastsel.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
     from fastsel.io import Pool
@@ -127,10 +129,13 @@ def target_directions(
     sketch: SketchSpec | None = None,
     batch_tokens: int = 1024,
     implementation: str = "auto",
+    progress: str = "none",
 ) -> Directions:
     """The direction of each subtask, from plain gradients of its rows.
 
         official: mean over its rows of v / |v| (not normalised again);   paper: (mean of v) / |mean of v|
+
+    `progress` counts tokens; see progress_bar.
 
     Raises:
         UsageError: another aggregation.
@@ -140,35 +145,17 @@ def target_directions(
         raise UsageError(f"aggregation={aggregation!r} is not known; it is one of: {', '.join(AGGREGATIONS)}")
     tokenise = TrainingTokenizer(state.loaded.tokenizer, template, max_length=max_length)
     rule = GradientRule("sgd", sketch=sketch, dense=sketch is None)
-    n_columns = state.forward.n_parameters if sketch is None else sketch.k
-    most_rows = max(1, DENSE_BYTES // (8 * n_columns))
-    own = torch.promote_types(state.forward.modules[0].lora_a.dtype, torch.float32)
     vectors: list[torch.Tensor] = []
     names: list[str] = []
     target_of: list[int] = []
     kept: list[Target] = []
-    for number, target in enumerate(targets):
-        rows = [row for row in tokenise(target.examples()) if row.sequences]
-        missing = dict.fromkeys(set(target.rows.tolist()) - {row.row_id for row in rows}, "it has no labelled token")
-        subtask_of = dict(zip(target.rows.tolist(), target.subtask.tolist(), strict=True))
-        sums = torch.zeros(len(target.subtasks), n_columns, dtype=own, device=state.loaded.device)
-        counts = torch.zeros(len(target.subtasks), dtype=own, device=state.loaded.device)
-        for whole in batches(rows, batch_tokens):
-            for start in range(0, len(whole), most_rows):
-                batch = whole[start : start + most_rows]
-                features = BatchFeatures(len(batch), state.forward, rule, implementation)
-                state.forward.run([[LabelledSequence(*s) for s in row.sequences] for row in batch], features)
-                found = features.dense if sketch is None else features.sketch
-                assert found is not None
-                for row, vector in zip(batch, found, strict=True):
-                    norm = torch.linalg.vector_norm(vector, dtype=torch.float64)
-                    if not bool(torch.isfinite(norm)):
-                        missing[row.row_id] = str(REASONS[NOT_FINITE])
-                        continue
-                    subtask = subtask_of[row.row_id]
-                    factor = 1 / max(float(norm), LEAST_NORM) if aggregation == "official" else 1.0
-                    sums[subtask].add_(vector, alpha=factor)
-                    counts[subtask] += 1
+    tokenised = [[row for row in tokenise(target.examples()) if row.sequences] for target in targets]
+    n_tokens = sum(row.size for rows in tokenised for row in rows)
+    bar = progress_bar(n_tokens, "tok", mode=progress, description="taking the target's gradients")
+    add_up = partial(_add_up, state.forward, rule, aggregation == "official", batch_tokens, implementation, bar)
+    with bar:
+        summed = [add_up(target, rows) for target, rows in zip(targets, tokenised, strict=True)]
+    for number, (target, (sums, counts, missing)) in enumerate(zip(targets, summed, strict=True)):
         target = target.without(missing) if missing else target
         alive = counts > 0
         means = sums[alive].div_(counts[alive, None])
@@ -179,6 +166,43 @@ def target_directions(
         target_of += [number] * len(target.subtasks)
         kept.append(target)
     return Directions(torch.cat(vectors), names, np.array(target_of, np.int64), kept)
+
+
+def _add_up(
+    forward: LoraForward,
+    rule: GradientRule,
+    to_unit_length: bool,
+    batch_tokens: int,
+    implementation: str,
+    bar: Progress,
+    target: Target,
+    rows: Sequence[TrainingRow],
+) -> tuple[torch.Tensor, torch.Tensor, dict[int, str]]:
+    """(sums of the gradients of each subtask [s, p], how many rows each has [s], row -> why it has no gradient)."""
+    missing = dict.fromkeys(set(target.rows.tolist()) - {row.row_id for row in rows}, "it has no labelled token")
+    subtask_of = dict(zip(target.rows.tolist(), target.subtask.tolist(), strict=True))
+    n_columns = forward.n_parameters if rule.sketch is None else rule.sketch.k
+    most_rows = max(1, DENSE_BYTES // (8 * n_columns))
+    own = torch.promote_types(forward.modules[0].lora_a.dtype, torch.float32)
+    sums = torch.zeros(len(target.subtasks), n_columns, dtype=own, device=forward.loaded.device)
+    counts = torch.zeros(len(target.subtasks), dtype=own, device=forward.loaded.device)
+    for whole in batches(rows, batch_tokens):
+        for start in range(0, len(whole), most_rows):
+            batch = whole[start : start + most_rows]
+            features = BatchFeatures(len(batch), forward, rule, implementation)
+            forward.run([[LabelledSequence(*s) for s in row.sequences] for row in batch], features)
+            found = features.dense if rule.sketch is None else features.sketch
+            assert found is not None
+            for row, vector in zip(batch, found, strict=True):
+                norm = torch.linalg.vector_norm(vector, dtype=torch.float64)
+                if not bool(torch.isfinite(norm)):
+                    missing[row.row_id] = str(REASONS[NOT_FINITE])
+                    continue
+                subtask = subtask_of[row.row_id]
+                sums[subtask].add_(vector, alpha=1 / max(float(norm), LEAST_NORM) if to_unit_length else 1.0)
+                counts[subtask] += 1
+            bar.update(sum(row.size for row in batch))
+    return sums, counts, missing
 
 
 @dataclass
@@ -227,6 +251,7 @@ def influence(
     seed: int = 0,
     store: Any = None,
     implementation: str = "auto",
+    progress: str = "auto",
     **options: Any,
 ) -> Influence:
     """Compare Adam's step on each pool row with the gradients of the target, at each checkpoint.
@@ -242,7 +267,7 @@ def influence(
         aggregation: see target_directions.
         seed: of the projection.
         store: a folder, with one of its own for each checkpoint; or None.
-        implementation, options: of lora_gradients.
+        implementation, progress, options: of lora_gradients.
 
     Raises:
         UsageError: an option has no such value.
@@ -259,13 +284,14 @@ def influence(
             started = time.perf_counter()
             wanted = target_directions(
                 targets, state, template=target_template or template, max_length=max_length, aggregation=aggregation,
-                sketch=sketch, implementation=implementation,
+                sketch=sketch, implementation=implementation, progress=progress,
             )  # fmt: skip
             asked = time.perf_counter() - started
             gradients = lora_gradients(
                 pool, state.loaded, forward=state.forward, template=template, max_length=max_length, step="adam",
                 moments=state.moments, targets=None if sketch else wanted.vectors, sketch=sketch,
-                store=store and Path(store) / f"checkpoint-{checkpoint.step}", implementation=implementation, **options,
+                store=store and Path(store) / f"checkpoint-{checkpoint.step}", implementation=implementation,
+                progress=progress, **options,
             )  # fmt: skip
             total = total + weight * _products(gradients, wanted.vectors)
             for step, seconds in {"targets": asked, **gradients.timings}.items():

@@ -95,8 +95,9 @@ def cluster_ucb(
     scores = np.full(len(pool), np.nan)
     with running(last, setup.base) as state, taken.timed("draw"):
         wanted = target_directions(
-            targets, state, template=setup.target_template, max_length=setup.max_length, implementation=implementation
-        )
+            targets, state, template=setup.target_template, max_length=setup.max_length, implementation=implementation,
+            progress=progress,
+        )  # fmt: skip
         rule = GradientRule("adam", eps_mode=eps_mode, moments=state.moments, targets=wanted.vectors)
         rows = RowGradients(
             pool, state.forward, setup.template, rule, setup.max_length, overflow, turns, batch_tokens, implementation
