@@ -303,7 +303,7 @@ _ROWS = (
             "target": None,
             "subtask_column": None,
             "checkpoints": None,
-            "mode": "direct",
+            "mode": None,
             "sketch_size": 8192,
             "aggregation": "official",
             "eps_mode": "inside",

@@ -49,6 +49,7 @@ class GradientRule:
         targets: [s, p], what gradients are multiplied with; None asks for no dots.
         sketch: the random projection; None asks for none.
         dense: keep whole gradients.
+        trak: keep LESS's own features of so many numbers (see features/less_official.py), and nothing of the above.
     """
 
     step: str = "sgd"
@@ -57,6 +58,7 @@ class GradientRule:
     targets: torch.Tensor | None = None
     sketch: SketchSpec | None = None
     dense: bool = False
+    trak: int | None = None
 
     def adam_of(self, first: int, size: int) -> AdamStep | None:
         """Adam's step for the coordinates first..first + size."""
@@ -85,6 +87,8 @@ class GradientRule:
             fields += [("sketch", "<f2", (self.sketch.k,)), ("exponent", "<i2"), ("norm", "<f4")]
         if self.dense:
             fields.append(("dense", "<f8" if is_double else "<f4", (p,)))
+        if self.trak is not None:
+            fields.append(("trak", "<f4", (self.trak,)))
         return np.dtype(fields)
 
 
@@ -111,28 +115,35 @@ class GradientWorker:
             self.forward = LoraForward(self.loaded)
         return self.forward
 
-    def __call__(self, shard: Shard) -> NDArray[Any]:
+    def read(self, shard: Shard) -> tuple[list[TrainingRow], NDArray[Any]]:
+        """The rows of a shard that can be learnt, in order, and its records, which so far say what each row is."""
         forward = self.model()
         is_double = forward.modules[0].lora_a.dtype == torch.float64
         records = np.zeros(shard.stop - shard.start, self.rule.record_dtype(forward.n_parameters, is_double=is_double))
-        rows: list[TrainingRow] = []
+        usable = []
         for examples in self.pool.chunks(shard.start, shard.stop, rows=ROWS_AT_ONCE):
-            rows += self.tokenise(examples)
+            for row in self.tokenise(examples):
+                place = row.row_id - shard.start
+                is_empty = row.why == FITS and not row.sequences
+                records["n_tokens"][place], records["why"][place] = row.n_tokens, NO_ANSWER if is_empty else row.why
+                if row.sequences:
+                    records["row"][place] = np.frombuffer(_name(row), "<u8")
+                    usable.append(row)
+        return usable, records
+
+    def __call__(self, shard: Shard) -> NDArray[Any]:
+        rows, records = self.read(shard)
         firsts: dict[bytes, int] = {}
         twins: list[tuple[TrainingRow, int]] = []
         distinct = []
         for row in rows:
             place = row.row_id - shard.start
-            is_empty = row.why == FITS and not row.sequences
-            records["n_tokens"][place], records["why"][place] = row.n_tokens, NO_ANSWER if is_empty else row.why
-            if row.sequences:
-                name = _name(row)
-                records["row"][place] = np.frombuffer(name, "<u8")
-                if name in firsts:
-                    twins.append((row, firsts[name]))
-                else:
-                    firsts[name] = place
-                    distinct.append(row)
+            name = records["row"][place].tobytes()
+            if name in firsts:
+                twins.append((row, firsts[name]))
+            else:
+                firsts[name] = place
+                distinct.append(row)
         for batch in batches(distinct, self.batch_tokens):
             self._batch(batch, [row.row_id - shard.start for row in batch], records)
             if self.on_tokens is not None:

@@ -29,6 +29,7 @@ from fastsel.features.gradient_rows import (
     GradientWorker,
     moved,
 )
+from fastsel.features.less_official import BLOCK_SIZE, SEED, OfficialWorker
 from fastsel.features.shard_runs import Executor, OnTokens, run_shards
 from fastsel.features.training_rows import TrainingTokenizer
 from fastsel.io.examples import OK, SKIPPED, TRUNCATED
@@ -94,6 +95,10 @@ class LoraGradients:
         self.status[rows] = SKIPPED
         self.reasons.add(rows, reason)
 
+    def keeps(self, name: str) -> bool:
+        """Whether sketch, dense or trak was asked for."""
+        return any(name in (records.dtype.names or ()) for _, records in self._shards)
+
     def sketches(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """(pool rows [b], their projections [b, k]), shard by shard, of the rows that have a gradient.
 
@@ -111,6 +116,15 @@ class LoraGradients:
         """
         for rows, records in self._kept("dense"):
             yield rows, records["dense"]
+
+    def trak(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """(pool rows [b], LESS's own features of them, unnormalised [b, k]), shard by shard.
+
+        Raises:
+            ValueError: they were not asked for.
+        """
+        for rows, records in self._kept("trak"):
+            yield rows, records["trak"]
 
     def sketch_matrix(self) -> NDArray[np.float32]:
         """[m, k]: sketches() in one matrix, for selectors that need them all; m rows have a gradient."""
@@ -140,6 +154,7 @@ def lora_gradients(
     targets: torch.Tensor | None = None,
     sketch: SketchSpec | None = None,
     dense: bool = False,
+    trak: int | None = None,
     batch_tokens: int | None = None,
     checkpointing: bool | None = None,
     implementation: str = "auto",
@@ -154,8 +169,8 @@ def lora_gradients(
         pool: the rows.
         loaded: a model with a LoRA adapter that is not merged, such as Checkpoint.load() gives.
         template, max_length, overflow, turns: which tokens are labelled; see TrainingTokenizer.
-        step, eps_mode, moments, targets, sketch, dense: see GradientRule. Coordinates follow named_parameters(), A
-            before B, row by row.
+        step, eps_mode, moments, targets, sketch, dense, trak: see GradientRule. Coordinates follow named_parameters(),
+            A before B, row by row.
         batch_tokens: tokens a pass processes at once; None takes 2,048 on a CPU and 16,384 on a GPU, or fewer where
             these would keep more than lora_forward.ACTIVATION_BYTES for the backward.
         checkpointing: see LoraForward.run.
@@ -170,7 +185,7 @@ def lora_gradients(
         InputError: the adapter cannot be used (see LoraForward); the store holds something else; a row is too long and
             overflow is "error".
     """
-    rule = GradientRule(step, eps_mode, moments, targets, sketch, dense)
+    rule = GradientRule(step, eps_mode, moments, targets, sketch, dense, trak)
     for name, value, known in (("overflow", overflow, OVERFLOW), ("turns", turns, TURNS), ("step", step, STEPS),
                                ("eps_mode", eps_mode, EPS_MODES)):  # fmt: skip
         if value not in known:
@@ -182,7 +197,7 @@ def lora_gradients(
     _check(rule, forward.n_parameters)
     tokenise = TrainingTokenizer(loaded.tokenizer, template, max_length=max_length, overflow=overflow, turns=turns)
     per_batch = batch_tokens or _batch_tokens(forward)
-    worker = GradientWorker(
+    worker = (GradientWorker if trak is None else OfficialWorker)(
         pool, loaded, tokenise, moved(rule, loaded.device), per_batch, implementation, checkpointing, forward
     )
     options = {
@@ -237,10 +252,14 @@ def _check(rule: GradientRule, p: int) -> None:
         raise UsageError(f"the moments have {rule.moments.exp_avg.numel()} coordinates, the adapter {p}")
     if rule.targets is not None and (rule.targets.ndim != 2 or rule.targets.shape[1] != p):
         raise UsageError(f"targets are {list(rule.targets.shape)}, the adapter has {p} coordinates: want [s, {p}]")
+    if rule.trak is not None and (rule.eps_mode != "inside" or rule.step == "sign"):
+        raise UsageError("trak= gives LESS's own features, whose eps is inside the root, of step 'adam' or 'sgd'")
 
 
 def _what_runs(forward: LoraForward, rule: GradientRule, implementation: str) -> dict[str, str]:
     """Kernel -> the code that runs it for this adapter here: it decides the last bits."""
+    if rule.trak is not None:
+        return {}
     module = forward.modules[0]
     x, delta = module.lora_a.new_zeros(1, module.lora_a.shape[1]), module.lora_b.new_zeros(1, module.lora_b.shape[0])
     part = ModuleTokens(module, x, delta, module.scale, torch.tensor([0, 1]), slice(0, 1))
@@ -273,6 +292,8 @@ def _described(rule: GradientRule) -> dict[str, Any]:
         described["targets"] = {"count": len(rule.targets), "xxh3": _digest(rule.targets)}
     if rule.sketch is not None:
         described["sketch"] = {"generator": "counter hash", **rule.sketch._asdict(), "scaled_by_root_k": False}
+    if rule.trak is not None:
+        described["trak"] = {"generator": "trak basic", "k": rule.trak, "seed": SEED, "block_size": BLOCK_SIZE}
     return described
 
 

@@ -20,6 +20,7 @@ from fastsel.errors import UsageError
 from fastsel.features.answer_tokens import NOT_FINITE, REASONS
 from fastsel.features.gradient_rows import AdamMoments, BatchFeatures, GradientRule, batches
 from fastsel.features.gradients import LoraGradients, lora_gradients, moments_of
+from fastsel.features.less_official import official_rows
 from fastsel.features.targets import Target
 from fastsel.features.training_rows import TrainingRow, TrainingTokenizer
 from fastsel.io.templates import Template
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from fastsel.io import Pool
 
 AGGREGATIONS = ("official", "paper")
-MODES = ("direct", "sketch")
+MODES = ("direct", "sketch", "trak")
 LEAST_NORM = 1e-12  # torch's, for a row whose feature is 0
 DENSE_BYTES = 256 << 20  # of whole gradients of target rows, at a time
 
@@ -88,10 +89,12 @@ def weights_of(checkpoints: Sequence[Checkpoint]) -> tuple[list[float], str | No
 
 
 @contextmanager
-def running(checkpoint: Checkpoint, base: LoadedModel) -> Iterator[RunState]:
-    """Inside, the base has the checkpoint's adapter."""
+def running(checkpoint: Checkpoint, base: LoadedModel, *, one_dtype: bool = False) -> Iterator[RunState]:
+    """Inside, the base has the checkpoint's adapter; with one_dtype in the base's type, which peft keeps in float32."""
     loaded = checkpoint.load((base.model, base.tokenizer))
     try:
+        if one_dtype:
+            loaded.model.to(base.dtype)
         forward = LoraForward(loaded)
         names = [name for module in forward.modules for name in module.parameter_names]
         moments = moments_of(checkpoint.adam_state(names), forward.modules)
@@ -127,6 +130,7 @@ def target_directions(
     max_length: int,
     aggregation: str = "official",
     sketch: SketchSpec | None = None,
+    trak: int | None = None,
     batch_tokens: int = 1024,
     implementation: str = "auto",
     progress: str = "none",
@@ -135,7 +139,8 @@ def target_directions(
 
         official: mean over its rows of v / |v| (not normalised again);   paper: (mean of v) / |mean of v|
 
-    `progress` counts tokens; see progress_bar.
+    v: whole gradients; projections with sketch; LESS's own features of so many numbers with trak. `progress` counts
+    tokens; see progress_bar.
 
     Raises:
         UsageError: another aggregation.
@@ -144,7 +149,7 @@ def target_directions(
     if aggregation not in AGGREGATIONS:
         raise UsageError(f"aggregation={aggregation!r} is not known; it is one of: {', '.join(AGGREGATIONS)}")
     tokenise = TrainingTokenizer(state.loaded.tokenizer, template, max_length=max_length)
-    rule = GradientRule("sgd", sketch=sketch, dense=sketch is None)
+    rule = GradientRule("sgd", sketch=sketch, dense=sketch is None and trak is None, trak=trak)
     vectors: list[torch.Tensor] = []
     names: list[str] = []
     target_of: list[int] = []
@@ -181,11 +186,35 @@ def _add_up(
     """(sums of the gradients of each subtask [s, p], how many rows each has [s], row -> why it has no gradient)."""
     missing = dict.fromkeys(set(target.rows.tolist()) - {row.row_id for row in rows}, "it has no labelled token")
     subtask_of = dict(zip(target.rows.tolist(), target.subtask.tolist(), strict=True))
-    n_columns = forward.n_parameters if rule.sketch is None else rule.sketch.k
-    most_rows = max(1, DENSE_BYTES // (8 * n_columns))
+    n_columns = rule.trak or (forward.n_parameters if rule.sketch is None else rule.sketch.k)
     own = torch.promote_types(forward.modules[0].lora_a.dtype, torch.float32)
     sums = torch.zeros(len(target.subtasks), n_columns, dtype=own, device=forward.loaded.device)
     counts = torch.zeros(len(target.subtasks), dtype=own, device=forward.loaded.device)
+    for row, vector in _features(forward, rows, rule, batch_tokens, implementation):
+        bar.update(row.size)
+        norm = torch.linalg.vector_norm(vector, dtype=torch.float64)
+        if not bool(torch.isfinite(norm)):
+            missing[row.row_id] = str(REASONS[NOT_FINITE])
+            continue
+        subtask = subtask_of[row.row_id]
+        if not to_unit_length:
+            sums[subtask].add_(vector)
+        elif rule.trak is not None:  # in its own type, as the code does
+            sums[subtask].add_(torch.nn.functional.normalize(vector, dim=0))
+        else:
+            sums[subtask].add_(vector, alpha=1 / max(float(norm), LEAST_NORM))
+        counts[subtask] += 1
+    return sums, counts, missing
+
+
+def _features(
+    forward: LoraForward, rows: Sequence[TrainingRow], rule: GradientRule, batch_tokens: int, implementation: str
+) -> Iterator[tuple[TrainingRow, torch.Tensor]]:
+    """Whole gradients of rows, projections of them, or LESS's own features."""
+    if rule.trak is not None:
+        yield from ((row, feature) for row, _, _, feature in official_rows(forward, rows, rule.trak))
+        return
+    most_rows = max(1, DENSE_BYTES // (8 * (forward.n_parameters if rule.sketch is None else rule.sketch.k)))
     for whole in batches(rows, batch_tokens):
         for start in range(0, len(whole), most_rows):
             batch = whole[start : start + most_rows]
@@ -193,16 +222,7 @@ def _add_up(
             forward.run([[LabelledSequence(*s) for s in row.sequences] for row in batch], features)
             found = features.dense if rule.sketch is None else features.sketch
             assert found is not None
-            for row, vector in zip(batch, found, strict=True):
-                norm = torch.linalg.vector_norm(vector, dtype=torch.float64)
-                if not bool(torch.isfinite(norm)):
-                    missing[row.row_id] = str(REASONS[NOT_FINITE])
-                    continue
-                subtask = subtask_of[row.row_id]
-                sums[subtask].add_(vector, alpha=1 / max(float(norm), LEAST_NORM) if to_unit_length else 1.0)
-                counts[subtask] += 1
-            bar.update(sum(row.size for row in batch))
-    return sums, counts, missing
+            yield from zip(batch, found, strict=True)
 
 
 @dataclass
@@ -263,9 +283,10 @@ def influence(
         run: checkpoints; w are their learning rates over the sum of these.
         base: the model that the run trained.
         template, target_template, max_length: what is labelled; None takes the pool's template for targets too.
-        mode: "direct" (with whole gradients), or "sketch" (with random projections of both to sketch_size numbers).
+        mode: "direct" (with whole gradients), "sketch" (with random projections of both to sketch_size numbers), or
+            "trak" (with those that LESS's code stores; see features/less_official.py).
         aggregation: see target_directions.
-        seed: of the projection.
+        seed: of the sketch.
         store: a folder, with one of its own for each checkpoint; or None.
         implementation, progress, options: of lora_gradients.
 
@@ -277,23 +298,24 @@ def influence(
         raise UsageError(f"mode={mode!r} is not known; it is one of: {', '.join(MODES)}")
     weights, note = weights_of(run)
     sketch = SketchSpec(sketch_size, seed=seed) if mode == "sketch" else None
+    trak = sketch_size if mode == "trak" else None
     total = np.zeros(())
     timings: dict[str, float] = {}
     for checkpoint, weight in zip(run, weights, strict=True):
-        with running(checkpoint, base) as state:
+        with running(checkpoint, base, one_dtype=mode == "trak") as state:
             started = time.perf_counter()
             wanted = target_directions(
                 targets, state, template=target_template or template, max_length=max_length, aggregation=aggregation,
-                sketch=sketch, implementation=implementation, progress=progress,
+                sketch=sketch, trak=trak, implementation=implementation, progress=progress,
             )  # fmt: skip
             asked = time.perf_counter() - started
             gradients = lora_gradients(
                 pool, state.loaded, forward=state.forward, template=template, max_length=max_length, step="adam",
-                moments=state.moments, targets=None if sketch else wanted.vectors, sketch=sketch,
+                moments=state.moments, targets=wanted.vectors if mode == "direct" else None, sketch=sketch, trak=trak,
                 store=store and Path(store) / f"checkpoint-{checkpoint.step}", implementation=implementation,
                 progress=progress, **options,
             )  # fmt: skip
-            total = total + weight * _products(gradients, wanted.vectors)
+            total = total + weight * _products(gradients, wanted.vectors, base.dtype)
             for step, seconds in {"targets": asked, **gradients.timings}.items():
                 timings[step] = timings.get(step, 0.0) + seconds
     lost = gradients.has_gradient & np.isnan(total).any(axis=1)
@@ -303,12 +325,17 @@ def influence(
     return Influence(total, gradients, wanted, notes)
 
 
-def _products(gradients: LoraGradients, vectors: torch.Tensor) -> NDArray[np.float64]:
-    """[n, s]: unit features with directions."""
+def _products(gradients: LoraGradients, vectors: torch.Tensor, dtype: torch.dtype) -> NDArray[np.float64]:
+    """[n, s]: unit features with directions; LESS's own features come to length 1 in this type, the model's."""
     if gradients.dots is not None:
         unit: NDArray[np.float64] = gradients.dots / np.maximum(np.sqrt(gradients.sqnorm), LEAST_NORM)[:, None]
         return unit
     products = np.full((len(gradients.loss), len(vectors)), np.nan)
+    if gradients.keeps("trak"):
+        for rows, block in gradients.trak():
+            units = torch.nn.functional.normalize(torch.from_numpy(np.array(block)).to(dtype), dim=1)
+            products[rows] = (units.to(vectors.dtype) @ vectors.cpu().T).numpy()
+        return products[gradients.first_equal]
     wanted = vectors.double().cpu().numpy()
     for rows, block in gradients.sketches():
         norms = np.linalg.norm(block.astype(np.float64), axis=1, keepdims=True)

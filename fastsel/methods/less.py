@@ -2,19 +2,17 @@
 code princeton-nlp/LESS@8abf962).
 
 Keeps examples whose Adam step, at checkpoints of a short LoRA warm-up, points where the gradients of target rows point.
-Fails where a target has so few rows that their gradients are noise, and where Adam's second moments are far below eps,
-which then decides alone (see eps_mode).
+Fails where a target has so few rows that their gradients are noise, and where eps hides Adam's second moments.
 
 The rule is the released code's, from which the published numbers came: cosines are averaged inside a subtask, a row
 counts by its best one, eps stands inside the root, moments are not corrected. aggregation="paper" takes one cosine with
 the mean gradient, as the paper says; eps_mode="outside" is Adam as published.
 
-Differences from the released code; `official=True` takes its side in the last:
-- mode="direct" multiplies whole gradients, where the code projects them to 8,192 numbers, whose cosines are off by
-  about 0.011; mode="sketch" projects too (SJLT of a counter hash), for a store that serves later targets.
-- Gradients have the model's type (float32 on a CPU), features float32; the code's are bfloat16 and float16.
+Differences from the released code; `official=True` takes its side in all but the first:
 - Rows without a labelled token or with a gradient that is not finite have no score and do not enter a target's mean;
   the code scores them by Adam's momentum alone, and takes NaN first. Ties go to the lowest row.
+- mode="direct" multiplies whole gradients; "sketch" projects them by SJLT, for a store that serves later targets; "trak"
+  as the code without fast_jl, to the bit on a CPU: bfloat16, row by row, float16, TRAK's matrix; cosines 0.011 off.
 - The warm-up draws among usable rows, the code among all with seed 42; target answers end in the end of text.
 """
 
@@ -40,7 +38,7 @@ def less(
     subtask_column: str | None = None,
     checkpoints: Any = None,
     model: Any = "bundled",
-    mode: str = "direct",
+    mode: str | None = None,
     sketch_size: int = 8192,
     aggregation: str = "official",
     eps_mode: str = "inside",
@@ -76,7 +74,8 @@ def less(
         pool, model, device, dtype, budget, per, seed: see ifd. target, subtask_column: see open_targets.
         checkpoints: folders of a LoRA run of `model`; None warms up on warmup_fraction of the pool, for that many
             epochs with lora_r and learning_rate; see fastsel.warmup.
-        mode, sketch_size, aggregation: see influence. eps_mode: see GradientRule. leaks, drop_leaks: see find_leaks.
+        mode: see influence; None is "direct", or "trak" where official. sketch_size, aggregation: see influence.
+        eps_mode: see GradientRule. leaks, drop_leaks: see find_leaks.
         combine: of several targets: "round_robin" (they take turns), or "union" (each chooses a budget of its own).
         template, max_length (None takes the paper's 2,048), overflow, turns, implementation, batch_tokens, store,
             executor, progress: see lora_gradients.
@@ -92,12 +91,14 @@ def less(
     targets = open_targets(target, subtask_column=subtask_column)
     found = find_leaks(pool, targets, how=leaks, device=device, store=store and f"{store}/leaks", progress=progress)
     found.warn(drop_leaks)
-    base = load_model(model, device=device, dtype=dtype)
+    mode = mode or ("trak" if official else "direct")
+    base = load_model(model, device=device, dtype="bfloat16" if mode == "trak" and dtype == "auto" else dtype)
     max_length = window_of(base, max_length, papers=2048)
     prompts = load_template(template, base.tokenizer)
     run = checkpoints_for(checkpoints, store=store, warm_up=partial(
-        warmup, pool, model=base, fraction=warmup_fraction, epochs=epochs, lora_r=lora_r, learning_rate=learning_rate,
-        template=prompts, max_length=max_length, official=official, seed=seed, progress=progress,
+        warmup, pool, model=model if mode == "trak" else base, fraction=warmup_fraction, epochs=epochs, lora_r=lora_r,
+        learning_rate=learning_rate, template=prompts, max_length=max_length, official=official, device=device,
+        dtype=dtype, seed=seed, progress=progress,
     ))  # fmt: skip
     helped = influence(
         pool, targets, run, base, template=prompts, max_length=max_length, mode=mode, sketch_size=sketch_size,

@@ -274,10 +274,95 @@ def test_official_asks_as_the_code_does(pool, target, run):
     assert got.official and not np.array_equal(got.scores, other.scores)
 
 
+def authors_scores(pool, target, run, k):
+    """{checkpoint step: (pool features, target features)} unnormalised, and scores: the code's steps one after another.
+
+    collect_grads (see tests/features/test_less_official.py for its projection), its normalisation, matching.py.
+    """
+    checkpoints = open_checkpoints(run)
+    weights = [checkpoint.learning_rate for checkpoint in checkpoints]
+    weights = [weight / sum(weights) for weight in weights]
+    features, matched = {}, 0
+    for checkpoint, weight in zip(checkpoints, weights, strict=True):
+        model, tokenizer = tiny_pair(torch.bfloat16)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            model = peft.PeftModel.from_pretrained(model, str(checkpoint.folder), is_trainable=True).bfloat16().eval()
+        state = torch.load(checkpoint.folder / "optimizer.pt", weights_only=True)["state"]
+        first, second = (torch.cat([state[i][m].view(-1) for i in sorted(state)]) for m in ("exp_avg", "exp_avg_sq"))
+
+        def collected(rows, template, adam, model=model, first=first, second=second, tokenizer=tokenizer):
+            tokenise = TrainingTokenizer(tokenizer, load_template(template, tokenizer), max_length=24)
+            opened, projected, waiting = open_pool(rows), [], []
+            kept = [row for row in tokenise(opened.examples(range(len(opened)))) if row.sequences]
+            for count, row in enumerate(kept, 1):
+                ((ids, labelled),) = row.sequences
+                ids = torch.tensor([ids])
+                labels = torch.full_like(ids, -100)
+                labels[0, labelled] = ids[0, labelled]
+                model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
+                g = torch.cat([p.grad.view(-1) for p in model.parameters() if p.grad is not None])
+                if adam:
+                    avg = 0.9 * first + (1 - 0.9) * g
+                    avg_sq = 0.999 * second + (1 - 0.999) * g**2
+                    g = avg / torch.sqrt(avg_sq + 1e-08)
+                waiting.append(g)
+                model.zero_grad()
+                if count % 16 == 0 or count == len(kept):
+                    x, waiting = torch.stack(waiting).to(torch.float16).to(torch.bfloat16), []
+                    blocks = []
+                    for index in range(-(-k // 128)):
+                        generator = torch.Generator().manual_seed(1000 * index)
+                        block = torch.empty(x.shape[1], min(k, 128), dtype=x.dtype)
+                        blocks.append(x @ (block.bernoulli_(p=0.5, generator=generator) * 2.0 - 1.0))
+                    projected.append(torch.cat(blocks, 1)[:, :k])
+            return torch.cat(projected)
+
+        of_pool, of_target = collected(pool, "less", True), collected(target, "less_target", False)
+        features[checkpoint.step] = of_pool, of_target
+        training, validation = (torch.nn.functional.normalize(x, dim=1).float() for x in (of_pool, of_target))
+        matched = matched + weight * torch.matmul(training, validation.transpose(0, 1))
+    return features, matched
+
+
+def test_official_is_the_codes_pipeline_from_rows_to_scores(tmp_path, run):
+    """Twenty rows are two groups of the projection; two subtasks of three rows, as the code needs them."""
+    pool = some_rows(20, 5)
+    target = [*some_rows(3, 6, task="a"), *some_rows(3, 7, task="b")]
+    k = 160
+    features, matched = authors_scores(pool, target, run, k)
+    expected = matched.reshape(20, 2, -1).mean(-1).max(-1)[0]
+    got = choose(
+        pool, target, run, template="less", official=True, sketch_size=k, model=tiny_pair(torch.bfloat16),
+        store=tmp_path,
+    )  # fmt: skip
+    for step, (of_pool, _) in features.items():
+        (file,) = (tmp_path / f"checkpoint-{step}").glob("*.npy")
+        stored = np.load(file)["trak"]
+        np.testing.assert_array_equal(stored, of_pool.float().numpy())
+    np.testing.assert_allclose(got.scores, expected.numpy(), rtol=0, atol=1e-6)
+    assert got.indices.tolist() == torch.sort(expected, descending=True)[1][:4].tolist()
+    assert got.config["mode"] == "trak" and got.provenance["dtype"] == "bfloat16"
+    # What it estimates, and what the code's bfloat16 does to it: whole gradients in bfloat16 rank much alike.
+    whole = choose(pool, target, run, template="less", official=True, mode="direct", model=tiny_pair(torch.float32))
+    assert np.corrcoef(got.scores, whole.scores)[0, 1] > 0.8
+
+
+def test_official_marks_rows_without_a_score_and_keeps_equal_rows_equal(run, target):
+    rows = some_rows(5, 0)
+    pool = [*rows, {"instruction": "w1 " * 30, "output": "w2"}, rows[0]]
+    got = choose(pool, target, run, mode="trak", sketch_size=64, budget=1.0)
+    assert np.isnan(got.scores[5]) and "leaves no answer token" in got.reasons[5]
+    assert got.scores[6] == got.scores[0] and 5 not in got.indices
+    paper = choose(pool, target, run, mode="trak", sketch_size=64, budget=1.0, aggregation="paper")
+    assert not np.array_equal(paper.scores[:5], got.scores[:5])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(mode="both"), "mode='both' is not known; it is one of: direct, sketch"),
+        (dict(mode="trak", eps_mode="outside"), "trak= gives LESS's own features, whose eps is inside the root"),
+        (dict(mode="both"), "mode='both' is not known; it is one of: direct, sketch, trak"),
         (dict(aggregation="sum"), "aggregation='sum' is not known"),
         (dict(combine="sum"), "combine='sum' is not known"),
         (dict(eps_mode="none"), "eps_mode='none' is not known"),

@@ -21,6 +21,7 @@ CASES = [  # name, seed, rows, clusters, features, cold start, budget, beta
     ("no-cold-start", 1, 500, 15, 16, 0.0, 0.2, 1.0),
     ("greedy", 2, 400, 8, 16, 0.1, 0.3, 0.0),
     ("bold", 3, 400, 20, 16, 0.02, 0.3, 3.0),
+    ("3000", 4, 3000, 20, 32, 0.05, 0.2, 1.0),
 ]
 
 
