@@ -6,7 +6,9 @@
 Projector (CudaProjector is another name of it) runs on CPUs and GPUs alike. Its matrix is a function of seed, model_id
 and coordinate alone: the same on every device and GPU model, whatever the batch. Gradients projected on different
 machines compare, which they do not with TRAK's CUDA kernel, whose matrix depends on the number of multiprocessors.
-BasicProjector gives the bits of TRAK 0.3.2's. As in TRAK nothing is scaled by 1 / sqrt(proj_dim); "sjlt" keeps lengths.
+BasicProjector gives the bits of TRAK 0.3.2's; FastJlProjector the matrix that its CUDA kernel has on a GPU of so many
+multiprocessors, for stores that were written there. As in TRAK nothing is scaled by 1 / sqrt(proj_dim); "sjlt" keeps
+lengths.
 """
 
 from collections.abc import Mapping
@@ -14,7 +16,7 @@ from enum import Enum
 
 import torch
 
-from fastsel.kernels.random_projection import random_projection, trak_basic_projection
+from fastsel.kernels.random_projection import fast_jl_projection, random_projection, trak_basic_projection
 
 
 class ProjectionType(str, Enum):
@@ -131,6 +133,43 @@ class BasicProjector:
             x, self.proj_dim, seed=self.seed, model_id=model_id, block_size=self.block_size,
             kind=self.proj_type.value, dtype=self.dtype,
         )  # fmt: skip
+
+    def free_memory(self) -> None:
+        """Nothing is held between calls."""
+
+
+class FastJlProjector:
+    """The matrix of TRAK's CudaProjector ("rademacher") on a GPU with num_sms multiprocessors, emulated on the CPU.
+
+    For features of target rows that are to be compared with a store that LESS wrote on such a GPU (108 multiprocessors:
+    A100; 132: H100 SXM); see fastsel.kernels.random_projection.fast_jl. Not compared with a GPU yet.
+
+    Args:
+        grad_dim, proj_dim, seed, proj_type, device, max_batch_size: as CudaProjector's; proj_dim a multiple of 512.
+        num_sms: torch.cuda.get_device_properties(i).multi_processor_count there.
+    """
+
+    def __init__(
+        self,
+        grad_dim: int,
+        proj_dim: int,
+        seed: int,
+        proj_type: str | ProjectionType,
+        device: str | torch.device,
+        max_batch_size: int = 32,
+        *,
+        num_sms: int,
+    ) -> None:
+        self.proj_type = ProjectionType(proj_type)
+        if self.proj_type != ProjectionType.rademacher:
+            raise ValueError(f"only proj_type='rademacher' is emulated, got {self.proj_type.value!r}")
+        self.grad_dim, self.proj_dim, self.seed, self.num_sms = grad_dim, proj_dim, seed, num_sms
+        self.device, self.max_batch_size = torch.device(device), max_batch_size
+
+    def project(self, grads: torch.Tensor | Mapping[str, torch.Tensor], model_id: int) -> torch.Tensor:
+        """As Projector.project; float32."""
+        x = torch.cat([piece.to(self.device) for piece in _pieces(grads, self.grad_dim)], dim=1)
+        return fast_jl_projection(x, self.proj_dim, num_sms=self.num_sms, seed=self.seed, model_id=model_id)
 
     def free_memory(self) -> None:
         """Nothing is held between calls."""

@@ -11,8 +11,8 @@ the mean gradient, as the paper says; eps_mode="outside" is Adam as published.
 Differences from the released code; `official=True` takes its side in all but the first:
 - Rows without a labelled token or with a gradient that is not finite have no score and do not enter a target's mean;
   the code scores them by Adam's momentum alone, and takes NaN first. Ties go to the lowest row.
-- mode="direct" multiplies whole gradients; "sketch" projects them by SJLT, for a store that serves later targets; "trak"
-  as the code without fast_jl, to the bit on a CPU: bfloat16, row by row, float16, TRAK's matrix; cosines 0.011 off.
+- mode="direct" multiplies whole gradients; "sketch" projects them by SJLT, for a store that serves later targets;
+  "trak" as the code without fast_jl, to the bit on a CPU: bfloat16, row by row, TRAK's matrix; cosines 0.011 off.
 - The warm-up draws among usable rows, the code among all with seed 42; target answers end in the end of text.
 """
 

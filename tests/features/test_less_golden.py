@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastsel.features.gradient_rows import AdamMoments, BatchFeatures, GradientRule
-from fastsel.features.less_official import official_features, official_rows
+from fastsel.features.less_official import official_features, official_gradient, official_rows
 from fastsel.features.training_rows import TrainingRow
 from fastsel.models.loading import load_model
 from fastsel.models.lora_forward import LabelledSequence, LoraForward
@@ -108,3 +108,41 @@ def test_what_parts_float32_from_the_authors_features_is_their_bfloat16(pipeline
     ours = packed(forwards[torch.float32], rows, step, moments)
     assert 1 - cosines(ours, truth).min() < 1e-6
     assert (cosines(ours, truth) >= cosines(theirs, truth)).all()
+
+
+def test_the_authors_types_err_less_than_1e_5_in_the_projection(pipeline):
+    """Bfloat16 features beside the same gradients stepped and projected in float64."""
+    _, forwards, rows, moments = pipeline
+    gradients = torch.stack([official_gradient(forwards[torch.bfloat16], row)[1] for row in rows])
+    g, m, v = gradients.double(), moments.exp_avg.double(), moments.exp_avg_sq.double()
+    for step, exact in (("adam", (0.9 * m + 0.1 * g) / torch.sqrt(0.999 * v + 0.001 * g**2 + 1e-8)), ("sgd", g)):
+        theirs = official_features(gradients, 512, moments=moments if step == "adam" else None)
+        assert cosines(theirs.double(), exact @ signs(512)).min() >= 0.99999
+
+
+def test_scores_of_float32_are_the_authors_within_5e_3(pipeline):
+    """Training features of all rows beside target features of the last eight, as matching.py multiplies them."""
+    features, forwards, rows, moments = pipeline
+    unit = torch.nn.functional.normalize
+    theirs = [unit(features[step].bfloat16(), dim=1).double() for step in ("adam", "sgd")]
+    ours = [unit(packed(forwards[torch.float32], rows, step, moments), dim=1) for step in ("adam", "sgd")]
+    assert ((theirs[0] @ theirs[1][-8:].T) - (ours[0] @ ours[1][-8:].T)).abs().max() <= 5e-3
+
+
+def test_packed_float32_gradients_are_those_of_one_row_at_a_time(pipeline):
+    """On the small model whose numbers the gate was set by: 1e-6, relative."""
+    _, forwards, rows, _ = pipeline
+    forward = forwards[torch.float32]
+    expected = torch.stack([official_gradient(forward, row)[1] for row in rows])
+    found = BatchFeatures(len(rows), forward, GradientRule("sgd", dense=True), "auto")
+    forward.run([[LabelledSequence(*s) for s in row.sequences] for row in rows], found)
+    assert ((found.dense - expected).norm(dim=1) / expected.norm(dim=1)).max() <= 1e-6
+
+
+def signs(k):
+    """TRAK's matrix [2048, k] as LESS asks for it."""
+    blocks = []
+    for block in range(k // 128):
+        generator = torch.Generator().manual_seed(1000 * block)
+        blocks.append(torch.empty(2048, 128, dtype=torch.float64).bernoulli_(0.5, generator=generator) * 2 - 1)
+    return torch.cat(blocks, dim=1)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastsel.integrations.trak import BasicProjector, CudaProjector, ProjectionType, Projector
-from fastsel.kernels.random_projection import random_projection
+from fastsel.integrations.trak import BasicProjector, CudaProjector, FastJlProjector, ProjectionType, Projector
+from fastsel.kernels.random_projection import fast_jl_projection, random_projection
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "trak_basic_projector.json").read_text())
 
@@ -60,6 +60,16 @@ def test_law_a_mapping_is_its_tensors_one_after_the_other(made):
     projector = made(grad_dim=30, proj_dim=16, seed=1, proj_type="rademacher", device="cpu", max_batch_size=8)
     joined = torch.cat([x.flatten(1) for x in grads.values()], dim=1)
     torch.testing.assert_close(projector.project(grads, 1), projector.project(joined, 1), rtol=0, atol=1e-5)
+
+
+def test_fast_jl_is_the_emulated_kernel():
+    grads = {"a": torch.randn(2, 4, 5), "b": torch.randn(2, 9)}
+    projector = FastJlProjector(29, 512, 3, "rademacher", "cpu", 16, num_sms=108)
+    joined = torch.cat([x.flatten(1) for x in grads.values()], dim=1)
+    assert torch.equal(projector.project(grads, 1), fast_jl_projection(joined, 512, num_sms=108, seed=3, model_id=1))
+    projector.free_memory()
+    with pytest.raises(ValueError, match="only proj_type='rademacher' is emulated, got 'normal'"):
+        FastJlProjector(29, 512, 3, "normal", "cpu", num_sms=108)
 
 
 def test_refuses_what_it_has_not():
