@@ -31,7 +31,9 @@ ARROWS = {
     "kernels": (),
 }
 # Pools, results and messages: plain data, usable without torch.
-SHARED = {"budget", "errors", "folder_lock", "io", "progress", "report", "selection", "store", "summary"}
+SHARED = {
+    "budget", "errors", "folder_lock", "io", "progress", "report", "selection", "store", "summary", "unused_options",
+}  # fmt: skip
 TOP = {"cli", "commands", "integrations", "__main__"}
 # `import fastsel` and `fastsel --help` must stay under a second, with and without torch installed.
 WITHOUT_TORCH = SHARED | TOP - {"integrations"} | {""}

@@ -102,7 +102,7 @@ _GRADIENTS: dict[str, Any] = {
     "target": None,
     "subtask_column": None,
     "checkpoints": None,
-    "model": "bundled",
+    "model": None,
     "warmup_fraction": 0.05,
     "epochs": 4,
     "lora_r": 128,
@@ -300,6 +300,7 @@ _ROWS = (
         quality="the step points where the target's gradients point",
         defaults={
             **_MODEL,
+            "model": None,
             "target": None,
             "subtask_column": None,
             "checkpoints": None,

@@ -9,6 +9,7 @@ from typing import Any
 from fastsel.commands.catalogue import METHODS, WARMUP, Method, find_method
 from fastsel.commands.options import ENGINE, GROUPS, MACHINE, MODEL, OPTIONS, OUTPUT, POOL, read_value
 from fastsel.errors import InputError, UsageError
+from fastsel.unused_options import unused, unused_options
 
 # axolotl's words for the columns and tags, accepted beside the options in YAML.
 _AXOLOTL_COLUMNS = ("field", "field_messages", "field_instruction", "field_input", "field_output", "field_system")
@@ -139,7 +140,20 @@ def resolve(
     values |= {name: read_value(name, value, given[name]) for name, value in raw.items()}
     if row.ready_scores == "instead" and values.get("score_column") is not None:
         values = {name: value for name, value in values.items() if OPTIONS[name].group not in (MODEL, MACHINE)}
-    return Config(command, row, values, given)
+    return Config(command, row, _without_unused(values, given, options_of(command, row)), given)
+
+
+def _without_unused(values: Mapping[str, Any], given: Mapping[str, str], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The values less those that do nothing.
+
+    Raises:
+        UsageError: somebody named one of these. A file may, with its default, as printed configurations do.
+    """
+    idle = unused_options(values)
+    for name, why in idle.items():
+        if given.get(name) in ("flags", "--set") or (name in given and values[name] != defaults[name]):
+            raise UsageError(unused(name, why))
+    return {name: value for name, value in values.items() if name not in idle}
 
 
 def _refuse_with_ready_scores(method: Method, given: Mapping[str, str]) -> None:

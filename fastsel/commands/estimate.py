@@ -146,6 +146,13 @@ def _load(config: Config) -> Any:
 
         names = ("encoder", "pooling", "max_length", "device", "dtype", "implementation")
         return load_encoder(**{name: values[name] for name in names})
+    if values.get("model") is None and "checkpoints" in values:
+        from fastsel.features.gradient_setup import base_model
+        from fastsel.features.influence import given_checkpoints
+
+        return base_model(
+            None, given_checkpoints(values["checkpoints"]), device=values["device"], dtype=values["dtype"]
+        )
     if values.get("encoder") is not None or values.get("model") is None:
         return None
     from fastsel.models.loading import load_model

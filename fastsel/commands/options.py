@@ -290,7 +290,7 @@ _ROWS = (
     Option("learning_rate", MODEL, "of each training, at its highest", _number, "X"),
     Option("lora_rank", MODEL, "of the adapter", _whole(1), "N"),
     Option("checkpoints", MODEL, "folders of a LoRA run (its output_dir, or checkpoint-N); left out, one is trained",
-           _paths, "DIR", many=True),
+           _paths, "DIR", many=True, shapes_result=False),  # what they hold is in the request by its hash
     Option("mode", MODEL, "direct (whole gradients), sketch (projected, for other targets later), or trak (LESS's)",
            _one_of("direct", "sketch", "trak"), "HOW"),
     Option("sketch_size", MODEL, "numbers that a gradient is projected to", _whole(1), "K"),

@@ -16,12 +16,14 @@ from fastsel.commands.options import CHOICE, ENGINE, OPTIONS, OUTPUT
 from fastsel.commands.runs import RunFolder, sha256_of
 from fastsel.errors import InputError, UsageError
 from fastsel.progress import format_seconds
+from fastsel.unused_options import mode_of
 
 if TYPE_CHECKING:
     from fastsel.io import Pool
     from fastsel.selection import Selection
 
 logger = logging.getLogger("fastsel")
+_OF_PRODUCTS = ("target", "subtask_column", "aggregation")  # what less multiplies gradients with
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,10 @@ def run(
 
         targets = open_targets(config.values["target"], subtask_column=config.values.get("subtask_column"))
         request["target"] = [target.fingerprint for target in targets]
+    if config.values.get("checkpoints"):
+        from fastsel.models.checkpoints import open_checkpoints
+
+        request["checkpoints"] = [checkpoint.adapter for checkpoint in open_checkpoints(config.values["checkpoints"])]
     with RunFolder(output, request, resume=resume, overwrite=overwrite) as folder:
         on_folder(folder.path)
         if folder.state == "finished":
@@ -190,6 +196,9 @@ def announce_model(config: Config) -> None:
         if config.values.get(name) is not None:
             named = "" if name in config.given else f" (none was named; --{name} names another)"
             logger.info("%s: %s%s", name, config.values[name], named)
+    if "model" in config.values and config.values["model"] is None and "checkpoints" in config.values:
+        taken = "what the checkpoints were trained on" if config.values["checkpoints"] else "bundled (none was named)"
+        logger.info("model: %s; --model names another", taken)
 
 
 def compute(config: Config, pool: "Pool", *, store: Path | None, progress: str) -> "Selection":
@@ -227,7 +236,7 @@ def _executor(config: Config) -> Any:
     Raises:
         UsageError: an address without the engine that has one.
     """
-    engine, workers, address = (config.values[name] for name in ENGINE)
+    engine, workers, address = (config.values.get(name) for name in ENGINE)
     if engine == "ray":
         import torch
 
@@ -274,12 +283,16 @@ def resolve_again(
     for name, value in config.values.items():
         free = OPTIONS[name].group == OUTPUT or name in ("budget", "per", "seed", "pool")
         free |= config.method.in_turn and OPTIONS[name].group == CHOICE
-        if name == "seed" and config.method.name == "random":
-            free = False  # its scores are the draw itself
-        if not free and value != before.values.get(name):
+        if name == "seed" and (config.method.name == "random" or "checkpoints" in config.method.defaults):
+            free = False  # its scores are the draw itself; gradients were projected with it
+        keeps_products = "mode" in config.values and mode_of(config.values) == "direct" and name in _OF_PRODUCTS
+        if value != before.values.get(name) and (keeps_products or not free):
+            why = "leave it or --from out"
+            if keeps_products:
+                why = "mode direct kept products with its own target; a run with --mode sketch serves any target"
             raise UsageError(
                 f"{OPTIONS[name].flag} was {before.values.get(name)!r} in {run_folder} and cannot be {value!r} "
-                f"without scoring again; leave it or --from out"
+                f"without scoring again; {why}"
             )
     if "output" not in flags:
         config.values["output"] = None  # the run's own folder is not ours
@@ -298,7 +311,10 @@ def _choose_anew(from_run: Path, config: Config, pool: "Pool", progress: str) ->
     kept = from_run / "features"
     if not str(config.values.get("encoder")).endswith(".npy") and not any(kept.rglob("*.npy")):
         raise InputError(f"{from_run} kept no vectors to choose from again; leave --from out")
-    logger.info("vectors: those of %s; no model runs", from_run)
+    if "checkpoints" in config.method.defaults:
+        logger.info("gradients: those of %s; only rows of the target go through the model", from_run)
+    else:
+        logger.info("vectors: those of %s; no model runs", from_run)
     return compute(config, pool, store=kept, progress=progress)
 
 

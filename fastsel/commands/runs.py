@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastsel.errors import InputError
+from fastsel.errors import FastselError, InputError, UsageError
 from fastsel.folder_lock import FolderLock
 
 if TYPE_CHECKING:
@@ -140,12 +140,18 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self.state == "new" and not any(self.features.rglob("*.npy")):
+        if error is not None and self.state == "new" and not self._worth_keeping(error):
             # Nothing was computed, so a corrected command must not be refused as another request.
             shutil.rmtree(self.features, ignore_errors=True)
             (self.path / "state" / "request.json").unlink(missing_ok=True)
         if self._lock is not None:
             self._lock.close()
+
+    def _worth_keeping(self, error: BaseException) -> bool:
+        """Whether anything was computed; after a wrong option or input, the search for leaks does not count."""
+        is_refusal = isinstance(error, FastselError) and error.exit_code == UsageError.exit_code
+        found = [path.relative_to(self.features) for path in self.features.rglob("*.npy")]
+        return any(not is_refusal or path.parts[0] != "leaks" for path in found)
 
     def _remove_run(self) -> None:
         listed = (self._read_json("manifest.json") or {}).get("files", {})

@@ -200,22 +200,10 @@ def lora_gradients(
     worker = (GradientWorker if trak is None else OfficialWorker)(
         pool, loaded, tokenise, moved(rule, loaded.device), per_batch, implementation, checkpointing, forward
     )
-    options = {
-        "model": {"name": loaded.name, "revision": loaded.revision, "fingerprint": loaded.fingerprint},
-        "adapter": _adapter_name(forward.modules),
-        "device": loaded.device.type,
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "implementation": implementation,
-        "implementations": _what_runs(forward, rule, implementation),
-        "template": {"id": template.id, "sha256": template.sha256},
-        "max_length": max_length,
-        "overflow": overflow,
-        "turns": turns,
-        "batch_tokens": per_batch,
-        "flatten": "named_parameters, A then B, row by row",
-        "n_parameters": forward.n_parameters,
-        **_described(rule),
-    }
+    options = described_run(
+        forward, rule, template, max_length=max_length, overflow=overflow, turns=turns, batch_tokens=per_batch,
+        implementation=implementation,
+    )  # fmt: skip
     feature = {"feature": "lora gradients", "fastsel": fastsel.__version__, "torch": torch_build()}
     parts: list[tuple[Shard, NDArray[Any]]] = []
     prepared_s = time.perf_counter() - started
@@ -236,6 +224,30 @@ def lora_gradients(
     gradients.provenance = {**options, "device": str(loaded.device), "forward": forward.path}
     gradients.notes = [note for note in (loaded.note, forward.reason) if note]
     return gradients
+
+
+def described_run(
+    forward: LoraForward, rule: GradientRule, template: Template, *, max_length: int, overflow: str, turns: str,
+    batch_tokens: int, implementation: str,
+) -> dict[str, Any]:  # fmt: skip
+    """All that gradient features depend on beside the pool and the versions, as JSON values."""
+    loaded = forward.loaded
+    return {
+        "model": {"name": loaded.name, "revision": loaded.revision, "fingerprint": loaded.fingerprint},
+        "adapter": _adapter_name(forward.modules),
+        "device": loaded.device.type,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "implementation": implementation,
+        "implementations": _what_runs(forward, rule, implementation),
+        "template": {"id": template.id, "sha256": template.sha256},
+        "max_length": max_length,
+        "overflow": overflow,
+        "turns": turns,
+        "batch_tokens": batch_tokens,
+        "flatten": "named_parameters, A then B, row by row",
+        "n_parameters": forward.n_parameters,
+        **_described(rule),
+    }
 
 
 def moments_of(state: Any, modules: Sequence[LoraModule]) -> AdamMoments:

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,25 +54,32 @@ class RunState:
     moments: AdamMoments
 
 
-def checkpoints_for(checkpoints: Any, *, store: Any, warm_up: Callable[..., list[Checkpoint]]) -> list[Checkpoint]:
-    """The checkpoints given, or those of a warm-up.
+def given_checkpoints(checkpoints: Any) -> list[Checkpoint] | None:
+    """Folders (see open_checkpoints) or Checkpoints, by step; None where there are none.
 
-    Args:
-        checkpoints: folders (see open_checkpoints), a list of Checkpoints, or None.
-        store: the run's folder: a warm-up goes to store/warmup, where an interrupted one goes on; None makes a folder
-            that goes with the process.
-        warm_up: trains into the folder `output`.
+    Raises:
+        InputError: see open_checkpoints.
     """
     if checkpoints is None:
-        if store is not None:
-            return warm_up(output=Path(store) / "warmup")
-        folder = tempfile.TemporaryDirectory(prefix="fastsel-warmup-")
-        found = warm_up(output=Path(folder.name) / "run")
-        _KEPT.append(folder)
-        return found
+        return None
     if isinstance(checkpoints, Sequence) and checkpoints and all(isinstance(c, Checkpoint) for c in checkpoints):
         return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
     return open_checkpoints(checkpoints)
+
+
+def warmed_up(warm_up: Callable[..., list[Checkpoint]], store: Any) -> list[Checkpoint]:
+    """The checkpoints of a warm-up.
+
+    Args:
+        warm_up: trains into the folder `output`.
+        store: the run's folder: the warm-up goes to store/warmup, where an interrupted one goes on; None makes a folder
+            that goes with the process.
+    """
+    if store is not None:
+        return warm_up(output=Path(store) / "warmup")
+    folder = tempfile.TemporaryDirectory(prefix="fastsel-warmup-")
+    _KEPT.append(folder)
+    return warm_up(output=Path(folder.name) / "run")
 
 
 _KEPT: list[Any] = []  # folders of warm-ups that nobody gave a place
@@ -234,12 +241,19 @@ class Influence:
         gradients: of the last checkpoint: status, reasons, tokens of every row.
         directions: of the last checkpoint: names of the subtasks, the target of each.
         notes: lines for the user.
+        weights: of the checkpoints, by their steps.
     """
 
     products: NDArray[np.float64]
     gradients: LoraGradients
     directions: Directions
     notes: list[str]
+    weights: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def uses(self) -> dict[int, str]:
+        """What each checkpoint was used for, by its step."""
+        return {step: f"weight {weight:.3f}" for step, weight in self.weights.items()}
 
     @property
     def by_subtask(self) -> dict[str, NDArray[np.float64]]:
@@ -322,7 +336,8 @@ def influence(
     gradients.drop(lost, "the model's loss is not a finite number at another checkpoint")
     gradients.timings = timings
     notes = [*(target.note for target in wanted.targets), *([note] if note else []), *gradients.notes]
-    return Influence(total, gradients, wanted, notes)
+    steps = [checkpoint.step for checkpoint in run]
+    return Influence(total, gradients, wanted, notes, dict(zip(steps, weights, strict=True)))
 
 
 def _products(gradients: LoraGradients, vectors: torch.Tensor, dtype: torch.dtype) -> NDArray[np.float64]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 HOW = ("near", "equal", "none")
 NEAR = 0.95  # cosine
+LISTED = 100  # pairs of rows, in a manifest
 LEAST_CHARACTERS = 20  # of a question that counts: "Continue" and "Translate this" are asked everywhere
 _WORDS = re.compile(r"\w+")
 
@@ -72,7 +73,10 @@ class Leaks:
     def note(self) -> str:
         """One line for the user."""
         if not self.found:
-            return f"leaks: no target row is in the pool ({self.looked_for})"
+            looked = (
+                "not looked for" if self.looked_for == "none" else f"no target row is in the pool ({self.looked_for})"
+            )
+            return f"leaks: {looked}"
         equal = sum(leak.is_equal for leak in self.found)
         targets = len({(leak.target, leak.target_row) for leak in self.found})
         first = self.found[0]
@@ -81,6 +85,16 @@ class Leaks:
             f"({equal:,} equal, {len(self.found) - equal:,} near); "
             f"pool row {first.row} holds row {first.target_row} of {first.target}"
         )
+
+    def record(self, dropped: bool) -> dict[str, Any]:
+        """What the manifest keeps: counts, and the first pairs of rows."""
+        return {
+            "looked_for": self.looked_for,
+            "pool_rows": len(self.found),
+            "equal": sum(leak.is_equal for leak in self.found),
+            "dropped": dropped and bool(self.found),
+            "first": [leak._asdict() for leak in self.found[:LISTED]],
+        }
 
     def warn(self, dropped: bool) -> None:
         """Warn of leaks that were found, and say what became of them."""

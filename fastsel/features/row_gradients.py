@@ -1,6 +1,7 @@
 """Gradient features of rows asked for by number: for methods that do not know beforehand which rows they need."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -8,14 +9,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import fastsel
 from fastsel.errors import InputError, UsageError
+from fastsel.features.answer_scorer import torch_build
 from fastsel.features.answer_tokens import FITS, NO_ANSWER, NOT_FINITE, REASONS, WITH_SCORE
 from fastsel.features.gradient_rows import BatchFeatures, GradientRule, batches, moved
+from fastsel.features.gradients import described_run
+from fastsel.features.kept_rewards import KeptRewards
 from fastsel.features.training_rows import TrainingTokenizer
 from fastsel.io.examples import OK, SKIPPED, TRUNCATED
 from fastsel.io.row_reasons import RowReasons
 from fastsel.io.templates import Template
 from fastsel.models.lora_forward import LabelledSequence, LoraForward
+from fastsel.progress import progress_bar
 
 if TYPE_CHECKING:
     from fastsel.io import Pool
@@ -38,6 +44,7 @@ class RowGradients:
         status: uint8 [n], the pool's codes with truncated and skipped rows added.
         reasons: why a row is not ok.
         n_tokens: int32 [n], of a row under the template, not cut.
+        provenance: see LoraGradients.
     """
 
     pool: "Pool"
@@ -52,6 +59,8 @@ class RowGradients:
     status: NDArray[np.uint8] = field(init=False)
     reasons: RowReasons = field(init=False)
     n_tokens: NDArray[np.int32] = field(init=False)
+    provenance: dict[str, Any] = field(init=False)
+    _kept: KeptRewards | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Tokenise all rows once, to know which have something to learn."""
@@ -72,6 +81,11 @@ class RowGradients:
         self.status[usable & np.isin(why, WITH_SCORE) & (why != FITS)] = TRUNCATED
         texts = [text and text.format(max_length=self.max_length) for text in REASONS]
         self.reasons = RowReasons(self.pool, np.where(usable, why, FITS), texts)
+        described = described_run(
+            self.forward, self.rule, self.template, max_length=self.max_length, overflow=self.overflow,
+            turns=self.turns, batch_tokens=self.batch_tokens or BATCH_TOKENS, implementation=self.implementation,
+        )  # fmt: skip
+        self.provenance = {**described, "forward": self.forward.path}
 
     @property
     def has_vector(self) -> NDArray[np.bool_]:
@@ -93,14 +107,35 @@ class RowGradients:
         """[b]: the largest product of a row's unit feature with one of the rule's targets. A row whose feature is not
         finite gets the least there is, -1, and is from then on without a gradient.
         """
+        found = self._kept(rows) if self._kept is not None else self._rewards(rows)
+        self._without(rows[~np.isfinite(found)])
+        return np.where(np.isfinite(found), found, -1.0)
+
+    @contextmanager
+    def kept(self, store: Any, n_expected: int, progress: str) -> Iterator[None]:
+        """Inside, rewards are kept in a folder of their own (None: nowhere) and taken from it (see KeptRewards), and
+        rows are counted beside the number expected.
+        """
+        of_pool = {"pool": self.pool.fingerprint, "rows": len(self.pool)}
+        versions = {"fastsel": fastsel.__version__, "torch": torch_build()}
+        with progress_bar(n_expected, "row", mode=progress, description="rewards") as bar:
+
+            def on_rows(n: int, is_kept: bool) -> None:
+                (bar.skip if is_kept else bar.update)(n)
+
+            with KeptRewards(self._rewards, store, {**versions, **self.provenance, **of_pool}, on_rows) as self._kept:
+                yield
+        self._kept = None
+
+    def _rewards(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """[b]: NaN for a row whose feature is not finite."""
         assert self.rule.targets is not None
         found = np.full(len(rows), np.nan)
         for places, features in self._batches(rows):
             assert features.dots is not None
             norms = features.sqnorms.sqrt().clamp_min(1e-12)
             found[places] = (features.dots.amax(1) / norms).cpu().numpy()
-        self._without(rows[~np.isfinite(found)])
-        return np.where(np.isfinite(found), found, -1.0)
+        return found
 
     def whole(self, rows: NDArray[np.int64]) -> NDArray[np.floating[Any]]:
         """[b, p]: dense() of those of the rows that have a gradient, in one matrix.

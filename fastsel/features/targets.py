@@ -61,6 +61,18 @@ class Target:
             line += f"; {len(self.left_out):,} cannot be used (row {row}: {reason})"
         return line
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the manifest keeps: files, rows that count by subtask, how many were left out."""
+        sizes = np.bincount(self.subtask, minlength=len(self.subtasks)).tolist()
+        return {
+            "name": self.name,
+            "inputs": [{"path": str(i.path), "rows": i.rows, "sha256": i.sha256} for i in self.pool.inputs],
+            "rows": len(self),
+            "subtasks": dict(zip(self.subtasks, sizes, strict=True)),
+            "left_out": len(self.left_out),
+        }
+
     def examples(self) -> list[Example]:
         """The rows that count, in order."""
         return self.pool.examples(self.rows)

@@ -19,19 +19,19 @@ from typing import Any
 
 from fastsel.errors import UsageError
 from fastsel.features.gradient_matrix import given_matrix, projected
-from fastsel.features.gradient_setup import set_up
+from fastsel.features.gradient_setup import set_up, set_up_targets
 from fastsel.features.influence import running
-from fastsel.features.leaks import REASON, find_leaks
-from fastsel.features.targets import open_targets
+from fastsel.features.leaks import REASON
 from fastsel.io import open_pool
 from fastsel.selection import Budget, Selection, build_in_turn, read_budget, spread
 from fastsel.selectors import graph_walk
 from fastsel.selectors.under_budget import pick_under
+from fastsel.unused_options import refuse_unused
 
 
 def g2is(
     pool: Any, *, target: Any = None, subtask_column: str | None = None, gradients: Any = None,
-    target_gradients: Any = None, checkpoints: Any = None, model: Any = "bundled", variance: float = 0.5,
+    target_gradients: Any = None, checkpoints: Any = None, model: Any = None, variance: float = 0.5,
     consistency: float = 0.8, sketch_size: int = 8192, eps_mode: str = "inside", warmup_fraction: float = 0.05,
     epochs: int = 4, lora_r: int = 128, learning_rate: float = 2e-5, template: Any = "less",
     max_length: int | None = None, overflow: str = "truncate", turns: str = "all", leaks: str = "near",
@@ -59,31 +59,36 @@ def g2is(
         UsageError, InputError: an option has no such value; a budget in tokens; the pool, target, model, checkpoints,
             gradients or store cannot be used.
     """
+    refuse_unused(g2is, locals())
     pool = open_pool(pool)
     budget = read_budget(budget, pool, per)
     limits = spread(budget, pool, None, per)
     if target is None and target_gradients is None:
         raise UsageError("which target? --target names a file of rows, --target-gradients their gradients")
-    targets = open_targets(target, subtask_column=subtask_column) if target is not None else []
-    how = leaks if targets else "none"
-    found = find_leaks(pool, targets, how=how, device=device, store=store and f"{store}/leaks", progress=progress)
-    found.warn(drop_leaks)
     if gradients is not None or target_gradients is not None:
         taken = given_matrix(pool, gradients, target_gradients)
+        sought = set_up_targets(
+            pool, target, subtask_column=subtask_column, leaks=leaks, drop_leaks=drop_leaks, device=device,
+            store=store, progress=progress,
+        )  # fmt: skip
+        taken.provenance |= sought.record
     else:
         setup = set_up(
-            pool, model=model, checkpoints=checkpoints, warmup_fraction=warmup_fraction, epochs=epochs, lora_r=lora_r,
+            pool, target=target, subtask_column=subtask_column, leaks=leaks, drop_leaks=drop_leaks, model=model,
+            checkpoints=checkpoints, warmup_fraction=warmup_fraction, epochs=epochs, lora_r=lora_r,
             learning_rate=learning_rate, template=template, max_length=max_length, official=official, device=device,
             dtype=dtype, seed=seed, store=store, progress=progress,
         )  # fmt: skip
-        with running(setup.run[-1], setup.base) as state:
+        last, sought = setup.run[-1], setup.sought
+        with running(last, setup.base) as state:
             taken = projected(
-                pool, targets, state, setup, sketch_size=sketch_size, seed=seed, eps_mode=eps_mode,
+                pool, sought.targets, state, setup, sketch_size=sketch_size, seed=seed, eps_mode=eps_mode,
                 overflow=overflow, turns=turns, batch_tokens=batch_tokens, implementation=implementation,
-                store=store and f"{store}/checkpoint-{setup.run[-1].step}", executor=executor, progress=progress,
+                store=store and f"{store}/checkpoint-{last.step}", executor=executor, progress=progress,
             )  # fmt: skip
-    if drop_leaks:
-        taken.drop(found.mask(len(pool)), REASON)
+        taken.provenance |= setup.record({last.step: "gradients"})
+        taken.notes.append(setup.note({last.step: "gradients"}))
+    taken.drop(sought.kept_out(len(pool)), REASON)
     walk = partial(
         graph_walk, target=taken.target, variance=variance, consistency=consistency,
         rule="official" if official else "restart",
@@ -95,7 +100,7 @@ def g2is(
         config={"variance": variance, "consistency": consistency, "sketch_size": sketch_size, "eps_mode": eps_mode,
                 "drop_leaks": drop_leaks, "budget": str(budget), "per": per},
     )  # fmt: skip
-    selection.notes += [*(one.note for one in targets), found.note]
+    selection.notes += sought.notes
     missing = min(sum(limits.limits), len(taken.rows)) - len(indices)
     if missing > 0:
         selection.notes.append(

@@ -24,20 +24,19 @@ import numpy as np
 from fastsel.errors import UsageError
 from fastsel.features.gradient_matrix import given_matrix
 from fastsel.features.gradient_rows import GradientRule
-from fastsel.features.gradient_setup import set_up
+from fastsel.features.gradient_setup import set_up, set_up_targets
 from fastsel.features.influence import running
-from fastsel.features.leaks import REASON, find_leaks
 from fastsel.features.row_gradients import RowGradients, matrices_of
-from fastsel.features.targets import open_targets
 from fastsel.io import open_pool
 from fastsel.progress import progress_bar
 from fastsel.selection import Budget, Selection, build_selection, rank_rows, read_budget, spread
 from fastsel.selectors.data_influence import influences
+from fastsel.unused_options import refuse_unused
 
 
 def in2core(
     pool: Any, *, target: Any = None, subtask_column: str | None = None, gradients: Any = None,
-    target_gradients: Any = None, checkpoints: Any = None, model: Any = "bundled", layers: Any = None,
+    target_gradients: Any = None, checkpoints: Any = None, model: Any = None, layers: Any = None,
     damping: float = 0.1, warmup_fraction: float = 0.05, epochs: int = 4, lora_r: int = 8, learning_rate: float = 2e-5,
     template: Any = "less", max_length: int | None = None, overflow: str = "truncate", turns: str = "all",
     leaks: str = "near", drop_leaks: bool = False, budget: Budget | str | float = 0.1, device: str = "auto",
@@ -64,6 +63,7 @@ def in2core(
         UsageError, InputError: an option has no such value; a budget in tokens; the pool, target, model, checkpoints or
             gradients cannot be used.
     """
+    refuse_unused(in2core, locals())
     pool, started = open_pool(pool), time.perf_counter()
     budget = read_budget(budget, pool, per)
     limits = spread(budget, pool, None, per)
@@ -71,29 +71,32 @@ def in2core(
         raise UsageError("in2core runs in one process: each pass adds up over all rows; leave executor (--engine) out")
     if target is None and target_gradients is None:
         raise UsageError("which target? --target names a file of rows, --target-gradients their gradients")
-    targets = open_targets(target, subtask_column=subtask_column) if target is not None else []
-    how = leaks if targets else "none"
-    found = find_leaks(pool, targets, how=how, device=device, store=store and f"{store}/leaks", progress=progress)
-    found.warn(drop_leaks)
     scores = np.full(len(pool), np.nan)
     taken: Any
     if gradients is not None or target_gradients is not None:
         taken = given_matrix(pool, gradients, target_gradients)
         scores[taken.rows] = -influences(taken.matrix, taken.target, damping=damping)
+        sought = set_up_targets(
+            pool, target, subtask_column=subtask_column, leaks=leaks, drop_leaks=drop_leaks, device=device,
+            store=store, progress=progress,
+        )  # fmt: skip
+        notes, provenance = [*taken.notes, *sought.notes], {**taken.provenance, **sought.record}
     else:
         setup = set_up(
-            pool, model=model, checkpoints=checkpoints, warmup_fraction=warmup_fraction, epochs=epochs, lora_r=lora_r,
-            learning_rate=learning_rate, template=template, max_length=max_length, official=False, device=device,
-            dtype=dtype, seed=seed, store=store, progress=progress,
+            pool, target=target, subtask_column=subtask_column, leaks=leaks, drop_leaks=drop_leaks, model=model,
+            checkpoints=checkpoints, warmup_fraction=warmup_fraction, epochs=epochs, lora_r=lora_r,
+            learning_rate=learning_rate, template=template, max_length=max_length, device=device, dtype=dtype,
+            seed=seed, store=store, progress=progress,
         )  # fmt: skip
-        with running(setup.run[-1], setup.base) as state:
+        last, sought = setup.run[-1], setup.sought
+        with running(last, setup.base) as state:
             rule, of = (
                 GradientRule("sgd", dense=True),
                 (setup.max_length, overflow, turns, batch_tokens, implementation),
             )
             wanted = [
                 RowGradients(one.pool, state.forward, setup.target_template, rule, *of).whole(one.rows)
-                for one in targets
+                for one in sought.targets
             ]
             taken = RowGradients(pool, state.forward, setup.template, rule, *of)
             rows = taken.rows
@@ -102,12 +105,14 @@ def in2core(
                     lambda: taken.dense(rows, bar.update), np.concatenate(wanted), damping=damping,
                     columns=matrices_of(state.forward, layers),
                 )  # fmt: skip
+        notes = [*sought.notes, setup.note({last.step: "influence"})]
+        provenance = {**taken.provenance, **setup.record({last.step: "influence"})}
     scores[~taken.has_vector] = np.nan
-    eligible = taken.has_vector & ~(found.mask(len(pool)) if drop_leaks else np.zeros(len(pool), np.bool_))
+    eligible = taken.has_vector & ~sought.kept_out(len(pool))
     return build_selection(
         pool=pool, method="in2core", indices=limits.take(rank_rows(scores, eligible)), scores=scores,
         status=taken.status, reasons=taken.reasons, n_tokens=taken.n_tokens, metrics={}, eligible=eligible,
-        budget=budget, per=per, seed=seed, rule=REASON if drop_leaks and found.found else None,
+        budget=budget, per=per, seed=seed, rule=sought.rule, provenance=provenance,
         config={"layers": layers, "damping": damping, "drop_leaks": drop_leaks, "budget": str(budget), "per": per},
-        notes=[*(one.note for one in targets), found.note], timings={"influence": time.perf_counter() - started},
+        notes=notes, timings={"influence": time.perf_counter() - started},
     )  # fmt: skip

@@ -16,19 +16,14 @@ Differences from the released code; `official=True` takes its side in all but th
 - The warm-up draws among usable rows, the code among all with seed 42; target answers end in the end of text.
 """
 
-from functools import partial
 from typing import Any
 
-from fastsel.features.influence import checkpoints_for, influence
-from fastsel.features.leaks import REASON, find_leaks
-from fastsel.features.targets import open_targets
-from fastsel.features.token_stats import window_of
-from fastsel.features.warmup import warmup
+from fastsel.features.gradient_setup import set_up
+from fastsel.features.influence import influence
 from fastsel.io import open_pool
-from fastsel.io.templates import load_template
-from fastsel.models.loading import load_model
 from fastsel.selection import Budget, Selection, build_selection, read_budget, spread
 from fastsel.selectors.score_turns import score_turns
+from fastsel.unused_options import refuse_unused
 
 
 def less(
@@ -37,7 +32,7 @@ def less(
     target: Any = None,
     subtask_column: str | None = None,
     checkpoints: Any = None,
-    model: Any = "bundled",
+    model: Any = None,
     mode: str | None = None,
     sketch_size: int = 8192,
     aggregation: str = "official",
@@ -71,9 +66,10 @@ def less(
         u_c(s) = mean over the rows j of s of g_c(j) / |g_c(j)|;   w_c: learning rates of checkpoints, over their sum
 
     Args:
-        pool, model, device, dtype, budget, per, seed: see ifd. target, subtask_column: see open_targets.
-        checkpoints: folders of a LoRA run of `model`; None warms up on warmup_fraction of the pool, for that many
-            epochs with lora_r and learning_rate; see fastsel.warmup.
+        pool, budget, per, seed: see ifd. target, subtask_column: see open_targets.
+        model, checkpoints, device, dtype: folders of a LoRA run, and the model that it trained (None takes what they
+            name). No checkpoints: the model (None: "bundled") warms up on warmup_fraction of the pool, for that many
+            epochs with lora_r and learning_rate; see fastsel.warmup. These four are refused beside checkpoints.
         mode: see influence; None is "direct", or "trak" where official. sketch_size, aggregation: see influence.
         eps_mode: see GradientRule. leaks, drop_leaks: see find_leaks.
         combine: of several targets: "round_robin" (they take turns), or "union" (each chooses a budget of its own).
@@ -86,35 +82,36 @@ def less(
     Raises:
         UsageError, InputError: an option has no such value; the pool, the target, the model or the store is unusable.
     """
+    refuse_unused(less, locals())
     pool = open_pool(pool)
     budget = read_budget(budget, pool, per)
-    targets = open_targets(target, subtask_column=subtask_column)
-    found = find_leaks(pool, targets, how=leaks, device=device, store=store and f"{store}/leaks", progress=progress)
-    found.warn(drop_leaks)
     mode = mode or ("trak" if official else "direct")
-    base = load_model(model, device=device, dtype="bfloat16" if mode == "trak" and dtype == "auto" else dtype)
-    max_length = window_of(base, max_length, papers=2048)
-    prompts = load_template(template, base.tokenizer)
-    run = checkpoints_for(checkpoints, store=store, warm_up=partial(
-        warmup, pool, model=model if mode == "trak" else base, fraction=warmup_fraction, epochs=epochs, lora_r=lora_r,
-        learning_rate=learning_rate, template=prompts, max_length=max_length, official=official, device=device,
-        dtype=dtype, seed=seed, progress=progress,
-    ))  # fmt: skip
+    setup = set_up(
+        pool, target=target, subtask_column=subtask_column, leaks=leaks, drop_leaks=drop_leaks, model=model,
+        checkpoints=checkpoints, warmup_fraction=warmup_fraction, epochs=epochs, lora_r=lora_r,
+        learning_rate=learning_rate, template=template, max_length=max_length, official=official, device=device,
+        dtype=dtype, seed=seed, store=store, progress=progress,
+        base_dtype="bfloat16" if mode == "trak" and dtype == "auto" else dtype,
+    )  # fmt: skip
     helped = influence(
-        pool, targets, run, base, template=prompts, max_length=max_length, mode=mode, sketch_size=sketch_size,
-        target_template=load_template("less_target", base.tokenizer) if official else None, aggregation=aggregation,
+        pool, setup.sought.targets, setup.run, setup.base, template=setup.template, max_length=setup.max_length,
+        target_template=setup.target_template, mode=mode, sketch_size=sketch_size, aggregation=aggregation,
         eps_mode=eps_mode, overflow=overflow, turns=turns, batch_tokens=batch_tokens, implementation=implementation,
         store=store, executor=executor, progress=progress, seed=seed,
     )  # fmt: skip
     gradients, scores_nt = helped.gradients, helped.by_target
-    eligible = gradients.has_gradient & ~(drop_leaks & found.mask(len(pool)))
+    eligible = gradients.has_gradient & ~setup.sought.kept_out(len(pool))
     take = spread(budget, pool, gradients.n_tokens, per).take
+    indices, n_targets = score_turns(scores_nt, eligible, take=take, combine=combine), scores_nt.shape[1]
+    union = [f"union: {n_targets} targets with a budget each chose {len(indices):,} rows together"]
     return build_selection(
-        pool=pool, method="less", indices=score_turns(scores_nt, eligible, take=take, combine=combine),
-        eligible=eligible, scores=scores_nt.max(axis=1), status=gradients.status, reasons=gradients.reasons,
+        pool=pool, method="less", indices=indices, eligible=eligible, scores=scores_nt.max(axis=1),
+        status=gradients.status, reasons=gradients.reasons,
         n_tokens=gradients.n_tokens, metrics={f"less_{name}": column for name, column in helped.by_subtask.items()},
         config={"mode": mode, "aggregation": aggregation, "eps_mode": eps_mode, "combine": combine, "per": per,
-                "max_length": max_length, "drop_leaks": drop_leaks, "budget": str(budget)},
-        rule=REASON if drop_leaks and found.found else None, notes=[*helped.notes, found.note], budget=budget, per=per,
-        timings=gradients.timings, seed=seed, official=official, provenance=gradients.provenance,
+                "max_length": setup.max_length, "drop_leaks": drop_leaks, "budget": str(budget)},
+        notes=[*helped.notes, setup.note(helped.uses), setup.sought.leaks.note,
+               *(union if combine == "union" and n_targets > 1 else [])],
+        rule=setup.sought.rule, budget=budget, per=per, timings=gradients.timings, seed=seed, official=official,
+        provenance={**gradients.provenance, **setup.record(helped.uses)},
     )  # fmt: skip

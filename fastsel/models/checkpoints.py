@@ -41,6 +41,12 @@ class Checkpoint:
     step: int
     learning_rate: float | None
 
+    @property
+    def base(self) -> str | None:
+        """What the adapter's configuration says it was trained on: a hub id, a folder, "bundled"; None: nothing."""
+        named = _read(self.folder / CONFIG).get("base_model_name_or_path")
+        return str(named) if named else None
+
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Plain parameter name -> shape, of the adapter's file."""
@@ -52,10 +58,18 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """32 hex digits over the adapter's files, the optimizer's and the learning rate."""
+        return self._digest(CONFIG, WEIGHTS, "optimizer.pt", "optimizer.bin")
+
+    @cached_property
+    def adapter(self) -> str:
+        """The same without the optimizer's state, whose file is the largest."""
+        return self._digest(CONFIG, WEIGHTS)
+
+    def _digest(self, *names: str) -> str:
         import xxhash
 
         digest = xxhash.xxh3_128(f"{self.step} {self.learning_rate!r}".encode())
-        for name in (CONFIG, WEIGHTS, "optimizer.pt", "optimizer.bin"):
+        for name in names:
             if (self.folder / name).is_file():
                 with open(self.folder / name, "rb") as stream:
                     digest.update(name.encode())

@@ -329,8 +329,12 @@ def load_adapter(
     try:
         adapted = _with_adapter(model, folder).requires_grad_(False)
     except (ValueError, RuntimeError, UserWarning) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"the adapter {folder} does not fit its base {type(model).__name__}: {lines[0]}") from error
+        lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+        named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise InputError(
+            f"the adapter {folder} does not fit its base {type(model).__name__}: {' '.join(lines[:2])}\n"
+            f"It was trained on {named}; name that model"
+        ) from error
     return _finished(adapted, _tokenizer_of(folder, tokenizer), name=str(folder), revision=None, note=None)
 
 

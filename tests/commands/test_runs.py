@@ -139,3 +139,15 @@ def test_differences_are_empty_for_equal_requests_and_hashes_ignore_order():
     assert describe_differences(REQUEST, dict(reversed(REQUEST.items()))) == ""
     assert sha256_of(REQUEST) == sha256_of(dict(reversed(REQUEST.items())))
     assert sha256_of(REQUEST) != sha256_of({**REQUEST, "budget": "5%"})
+
+
+@pytest.mark.parametrize(("error", "is_kept"), [(InputError("wrong"), False), (KeyboardInterrupt(), True)])
+def test_a_refusal_after_the_search_for_leaks_does_not_bind_the_folder(tmp_path, error, is_kept):
+    with pytest.raises(type(error)), RunFolder(tmp_path, REQUEST) as folder:
+        (folder.features / "leaks").mkdir(parents=True)
+        (folder.features / "leaks" / "00000000-00000004.npy").write_bytes(b"x")
+        raise error
+    assert (tmp_path / "features" / "leaks").exists() == is_kept
+    assert RunFolder(tmp_path, {**REQUEST, "budget": "5%"} if not is_kept else REQUEST).state == (
+        "unfinished" if is_kept else "new"
+    )

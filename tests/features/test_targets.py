@@ -168,7 +168,7 @@ def test_without_an_encoder_only_equal_rows_are_looked_for(file, monkeypatch):
 
 def test_nothing_is_looked_for_when_asked_so(file):
     leaks = find_leaks(open_pool(POOL), open_targets(file), how="none")
-    assert leaks.found == [] and leaks.note == "leaks: no target row is in the pool (none)"
+    assert leaks.found == [] and leaks.note == "leaks: not looked for"
     leaks.warn(dropped=False)
     with pytest.raises(UsageError, match="leaks='all' is not known; it is one of: near, equal, none"):
         find_leaks(open_pool(POOL), open_targets(file), how="all")

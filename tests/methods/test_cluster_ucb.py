@@ -96,3 +96,52 @@ def test_it_says_how_many_gradients_it_took(lora_run):
 def test_refuses(lora_run, options, message):
     with pytest.raises(UsageError, match=message):
         fastsel.cluster_ucb(**{**lora_run, **OPTIONS, **options})
+
+
+def test_an_interrupted_run_takes_no_gradient_again_and_ends_the_same(lora_run, tmp_path, monkeypatch):
+    from fastsel.features.row_gradients import RowGradients
+
+    options = {**lora_run, **OPTIONS, "draw_share": 0.9}
+    whole = fastsel.cluster_ucb(**options)
+    take, asked = RowGradients._rewards, []
+
+    def stopped(self, rows):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(rows.tolist())
+        return take(self, rows)
+
+    monkeypatch.setattr(RowGradients, "_rewards", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fastsel.cluster_ucb(**options, store=tmp_path)
+    before, asked = asked, []
+    monkeypatch.setattr(RowGradients, "_rewards", lambda self, rows: (asked.append(rows.tolist()), take(self, rows))[1])
+    again = fastsel.cluster_ucb(**options, store=tmp_path)
+    assert asked and not any(batch in before for batch in asked)
+    assert again.scores.tobytes() == whole.scores.tobytes()
+    assert again.indices.tolist() == whole.indices.tolist()
+    asked.clear()
+    fastsel.cluster_ucb(**options, store=tmp_path)
+    assert asked == []
+
+
+def test_a_row_whose_reward_is_not_finite_stays_without_one_when_a_run_goes_on(lora_run, tmp_path, monkeypatch):
+    from fastsel.features.row_gradients import RowGradients
+
+    take = RowGradients._rewards
+    monkeypatch.setattr(
+        RowGradients, "_rewards", lambda self, rows: np.where(rows == 11, np.nan, take(self, rows))
+    )  # fmt: skip
+    options = {**lora_run, **OPTIONS, "draw_share": 1.0, "store": tmp_path}
+    first = fastsel.cluster_ucb(**options)
+    again = fastsel.cluster_ucb(**options)
+    for selection in (first, again):
+        assert np.isnan(selection.scores[11]) and "not finite" in selection.reasons[11]
+    assert again.scores.tobytes() == first.scores.tobytes()
+
+
+def test_it_says_when_clusters_draw_more_than_asked(lora_run):
+    many = fastsel.cluster_ucb(**lora_run, **{**OPTIONS, "clusters": 29, "draw_share": 0.2})
+    assert any("more than draw_share" in note for note in many.notes)
+    few = fastsel.cluster_ucb(**lora_run, **OPTIONS)
+    assert not any("more than draw_share" in note for note in few.notes)
