@@ -191,15 +191,22 @@ def test_rows_without_a_score_are_excluded_and_reported(pool, target, run):
 
 
 def test_law_sketches_err_as_projections_of_their_size_do(pool, target, run):
-    exact = choose(pool, target, run)
-    size = 4096
-    got = choose(pool, target, run, mode="sketch", sketch_size=size)
-    error = (got.scores - exact.scores)[:14]
-    bound = (1 - exact.scores[:14] ** 2) / size**0.5
-    assert np.sqrt(np.mean((error / bound) ** 2)) < 2
-    assert np.corrcoef(got.scores[:14], exact.scores[:14])[0, 1] > 0.99
-    other = choose(pool, target, run, mode="sketch", sketch_size=size, seed=1)
-    assert not np.array_equal(other.scores, got.scores)
+    """Over seeds, (1 - c^2) / sqrt(k) for the cosine with one target row; 256 coordinates are four blocks of 64, within
+    which none meet, so that a quarter of the pairs does not err.
+    """
+    one, size, n_seeds = target[:1], 64, 24
+    last = open_checkpoints(run)[-1].folder
+    exact = choose(pool, one, last).scores[:14]
+    found = np.stack(
+        [choose(pool, one, last, mode="sketch", sketch_size=size, seed=seed).scores[:14] for seed in range(n_seeds)]
+    )
+    errors = (found - exact) / ((1 - exact**2) / size**0.5)
+    assert 0.75**0.5 * 0.75 < np.sqrt(np.mean(errors**2)) < 0.75**0.5 * 1.35
+    assert np.abs(errors.mean(axis=0)).max() < 4 / n_seeds**0.5
+    # All checkpoints and subtasks: nearer to the exact scores, since cosines are averaged.
+    whole = choose(pool, target, run)
+    got = choose(pool, target, run, mode="sketch", sketch_size=4096)
+    np.testing.assert_allclose(got.scores, whole.scores, atol=0.02)
 
 
 def test_a_store_of_sketches_serves_another_target(tmp_path, pool, target, run, monkeypatch):
