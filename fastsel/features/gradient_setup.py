@@ -6,63 +6,24 @@ said at once; then leaks are looked for, then the model is warmed up if no check
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fastsel.errors import FastselWarning, InputError, UsageError
 from fastsel.features.influence import given_checkpoints, warmed_up
-from fastsel.features.leaks import REASON, Leaks, find_leaks
+from fastsel.features.target_setup import TargetSetup, with_leaks
 from fastsel.features.targets import Target, open_targets
 from fastsel.features.token_stats import window_of
 from fastsel.features.warmup import warmup
 from fastsel.io.templates import Template, load_template
+from fastsel.models.adam_state import find_optimizer
 from fastsel.models.checkpoints import Checkpoint
 from fastsel.models.loading import LoadedModel, load_model
 
 if TYPE_CHECKING:
     from fastsel.io import Pool
-
-
-@dataclass(frozen=True)
-class TargetSetup:
-    """What a selection is for.
-
-    Attributes:
-        targets: opened.
-        leaks: target rows in the pool.
-        drop_leaks: whether the pool rows that hold them are left out.
-    """
-
-    targets: list[Target]
-    leaks: Leaks
-    drop_leaks: bool
-
-    def kept_out(self, n: int) -> NDArray[np.bool_]:
-        """Bool [n]: pool rows that are not eligible."""
-        return self.leaks.mask(n) & self.drop_leaks
-
-    @property
-    def rule(self) -> str | None:
-        """Why rows with a score are not eligible; None where all are."""
-        return REASON if self.drop_leaks and self.leaks.found else None
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """For the manifest and the report."""
-        return {
-            "targets": [target.record for target in self.targets],
-            "leaks": self.leaks.record(self.drop_leaks) if self.targets else None,
-        }
-
-    @property
-    def notes(self) -> list[str]:
-        """Lines for the user."""
-        return [*(target.note for target in self.targets), self.leaks.note] if self.targets else []
 
 
 @dataclass(frozen=True)
@@ -85,15 +46,17 @@ class GradientSetup:
     max_length: int
     sought: TargetSetup
 
-    def record(self, uses: Mapping[int, str]) -> dict[str, Any]:
-        """For the manifest and the report: the base, each checkpoint, and what it was used for, by its step."""
+    def record(self, uses: Mapping[int, str], targets: Sequence[Target] | None = None) -> dict[str, Any]:
+        """For the manifest and the report: the base, each checkpoint and what it was used for, by its step; and the
+        targets, which may have lost rows without a gradient since they were opened.
+        """
         return {
             "base": {"name": self.base.name, "revision": self.base.revision},
             "checkpoints": [
                 {"folder": str(c.folder), "step": c.step, "learning_rate": c.learning_rate, "used": uses.get(c.step)}
                 for c in self.run
             ],
-            **self.sought.record,
+            **(self.sought if targets is None else replace(self.sought, targets=list(targets))).record,
         }
 
     def note(self, uses: Mapping[int, str]) -> str:
@@ -102,38 +65,11 @@ class GradientSetup:
         return f"checkpoints in {self.run[-1].folder.parent}, by step: {used}"
 
 
-def set_up_targets(
-    pool: "Pool", target: Any, *, subtask_column: str | None, leaks: str, drop_leaks: bool, device: str, store: Any,
-    progress: str,
-) -> TargetSetup:  # fmt: skip
-    """Open the targets, and look for their rows in the pool, with a warning when some are there.
-
-    Args:
-        target, subtask_column: see open_targets; no target where target is None.
-        leaks, device, progress: see find_leaks.
-        drop_leaks: what the warning says becomes of them.
-        store: the run's folder, or None.
-
-    Raises:
-        UsageError, InputError: see open_targets and find_leaks.
-    """
-    targets = [] if target is None else open_targets(target, subtask_column=subtask_column)
-    return _with_leaks(pool, targets, leaks, drop_leaks, device=device, store=store, progress=progress)
-
-
-def _with_leaks(
-    pool: "Pool", targets: list[Target], leaks: str, drop_leaks: bool, *, store: Any, **options: Any
-) -> TargetSetup:
-    found = find_leaks(pool, targets, how=leaks if targets else "none", store=store and f"{store}/leaks", **options)
-    found.warn(drop_leaks)
-    return TargetSetup(targets, found, drop_leaks)
-
-
 def set_up(
     pool: "Pool", *, target: Any, subtask_column: str | None, leaks: str, drop_leaks: bool, model: Any,
     checkpoints: Any, warmup_fraction: float, epochs: int, lora_r: int, learning_rate: float, template: Any,
     max_length: int | None, device: str, dtype: str, seed: int, store: Any, progress: str, official: bool = False,
-    one_target: str | None = None, base_dtype: str | None = None,
+    one_target: str | None = None, base_dtype: str | None = None, needs_adam: bool = True,
 ) -> GradientSetup:  # fmt: skip
     """Open what is named, look for leaks, and warm up if no checkpoints are named.
 
@@ -147,6 +83,7 @@ def set_up(
         max_length: None takes 2,048 tokens, or what the model can take.
         seed, store, progress: of the warm-up.
         base_dtype: of the model whose gradients are taken, where another one than the warm-up's; None takes dtype.
+        needs_adam: every checkpoint must have the optimizer's state; looked for before anything is computed.
         one_target: the method that can serve only one, for the message.
 
     Raises:
@@ -156,12 +93,14 @@ def set_up(
     if one_target is not None and len(targets) > 1:
         raise UsageError(f"{one_target} chooses for one target; put several into one file, with --subtask-column")
     run = given_checkpoints(checkpoints)
+    for checkpoint in run or [] if needs_adam else []:
+        find_optimizer(checkpoint.folder)
     own_dtype = dtype if base_dtype is None else base_dtype
     base = base_model(model, run, device=device, dtype=own_dtype)
     length = window_of(base, max_length, papers=2048)
     prompts = load_template(template, base.tokenizer)
     asked = load_template("less_target", base.tokenizer) if official else prompts
-    sought = _with_leaks(pool, targets, leaks, drop_leaks, device=device, store=store, progress=progress)
+    sought = with_leaks(pool, targets, leaks, drop_leaks, device=device, store=store, progress=progress)
     if run is None:
         run = warmed_up(partial(
             warmup, pool, model=base if own_dtype == dtype else model or "bundled", fraction=warmup_fraction,

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,12 +46,18 @@ class RunState:
     Attributes:
         loaded: the model with its adapter.
         forward: its gradients.
-        moments: Adam's.
+        checkpoint: where they are from.
     """
 
     loaded: LoadedModel
     forward: LoraForward
-    moments: AdamMoments
+    checkpoint: Checkpoint
+
+    @cached_property
+    def moments(self) -> AdamMoments:
+        """Adam's, read when they are first asked for: plain gradients need none."""
+        names = [name for module in self.forward.modules for name in module.parameter_names]
+        return moments_of(self.checkpoint.adam_state(names), self.forward.modules)
 
 
 def given_checkpoints(checkpoints: Any) -> list[Checkpoint] | None:
@@ -102,10 +108,7 @@ def running(checkpoint: Checkpoint, base: LoadedModel, *, one_dtype: bool = Fals
     try:
         if one_dtype:
             loaded.model.to(base.dtype)
-        forward = LoraForward(loaded)
-        names = [name for module in forward.modules for name in module.parameter_names]
-        moments = moments_of(checkpoint.adam_state(names), forward.modules)
-        yield RunState(loaded, forward, moments)
+        yield RunState(loaded, LoraForward(loaded), checkpoint)
     finally:
         loaded.model.unload()
         if hasattr(base.model, "peft_config"):

@@ -29,6 +29,7 @@ class Target:
         subtask: int64 [m], position in subtasks of each.
         subtasks: their names, in the order of the file; one, named as the target, where no column was given.
         left_out: row -> why it does not count.
+        lost: subtasks of the file that have no row that counts.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Target:
     subtask: NDArray[np.int64]
     subtasks: tuple[str, ...]
     left_out: dict[int, str] = field(default_factory=dict)
+    lost: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -59,6 +61,8 @@ class Target:
         if self.left_out:
             row, reason = next(iter(self.left_out.items()))
             line += f"; {len(self.left_out):,} cannot be used (row {row}: {reason})"
+        if self.lost:
+            line += f"; no usable row of the subtasks {', '.join(self.lost[:5])}{', ...' if len(self.lost) > 5 else ''}"
         return line
 
     @property
@@ -71,6 +75,7 @@ class Target:
             "rows": len(self),
             "subtasks": dict(zip(self.subtasks, sizes, strict=True)),
             "left_out": len(self.left_out),
+            "lost": list(self.lost),
         }
 
     def examples(self) -> list[Example]:
@@ -93,6 +98,7 @@ class Target:
             subtask=subtask.astype(np.int64),
             subtasks=tuple(self.subtasks[i] for i in alive),
             left_out={**self.left_out, **dropped},
+            lost=(*self.lost, *(name for i, name in enumerate(self.subtasks) if i not in alive)),
         )
 
 

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from fastsel.errors import UsageError
 from fastsel.features.bm25 import BM25, mean_query, single_queries
-from fastsel.features.leaks import REASON, find_leaks
 from fastsel.features.row_texts import RowText
-from fastsel.features.targets import Target, open_targets
+from fastsel.features.target_setup import set_up_targets
+from fastsel.features.targets import Target
 from fastsel.io import open_pool
 from fastsel.io.examples import OK
 from fastsel.selection import Budget, Selection, build_selection, choose, read_budget
@@ -65,26 +65,27 @@ def bm25(
         raise UsageError(f"k1={k1} must be at least 0, and b={b} from 0 to 1")
     pool, started, row_text = open_pool(pool), time.perf_counter(), RowText(text)
     budget = read_budget(budget, pool, per)
-    targets = open_targets(target, subtask_column=subtask_column)
-    found = find_leaks(pool, targets, how=leaks)
-    found.warn(drop_leaks)
+    sought = set_up_targets(
+        pool, target, subtask_column=subtask_column, leaks=leaks, drop_leaks=drop_leaks, device="auto", store=None,
+        progress="none",
+    )  # fmt: skip
     usable = pool.status == OK
     examples = (example for chunk in pool.chunks() for example in chunk if usable[example.row_id])
     index = BM25((row_text(example) for example in examples), k1=k1, b=b)
-    by_subtask = {name: np.full(len(pool), np.nan) for one in targets for name in one.subtasks}
-    for one in targets:
+    by_subtask = {name: np.full(len(pool), np.nan) for one in sought.targets for name in one.subtasks}
+    for one in sought.targets:
         for name, scores in _scores(index, one, row_text, aggregate):
             by_subtask[name][usable] = np.fmax(by_subtask[name][usable], scores)  # two targets may share a name
     best = np.max(list(by_subtask.values()), axis=0)
-    eligible = usable & ~(found.mask(len(pool)) if drop_leaks else np.zeros(len(pool), np.bool_))
+    eligible = usable & ~sought.kept_out(len(pool))
     return build_selection(
         pool=pool, method="bm25", indices=choose(best, eligible, budget, pool=pool, per=per), scores=best,
         status=pool.status, reasons=pool.reasons, n_tokens=None, eligible=eligible, seed=seed, budget=budget, per=per,
-        rule=REASON if drop_leaks and found.found else None,
+        rule=sought.rule, provenance=sought.record, notes=sought.notes,
         metrics={f"bm25_{name}": scores for name, scores in by_subtask.items()} if len(by_subtask) > 1 else {},
         config={"text": text, "aggregate": aggregate, "k1": k1, "b": b, "drop_leaks": drop_leaks,
                 "budget": str(budget), "per": per},
-        notes=[*(one.note for one in targets), found.note], timings={"score": time.perf_counter() - started},
+        timings={"score": time.perf_counter() - started},
     )  # fmt: skip
 
 

@@ -113,7 +113,7 @@ def cluster_ucb(
         pool=pool, method="cluster_ucb", indices=limits.take(rank_rows(scores, taken.has_vector)), scores=scores,
         status=taken.status, reasons=taken.reasons, n_tokens=taken.n_tokens, metrics={}, timings=taken.timings, per=per,
         budget=budget, seed=seed, official=official, clusters=labels.astype(np.int32),
-        provenance={**rows.provenance, **setup.record(uses)},
+        provenance={**rows.provenance, **setup.record(uses, wanted.targets)},
         config={"clusters": clusters, "draw_share": draw_share, "cold_start": cold_start, "ucb_beta": ucb_beta,
                 "sketch_size": sketch_size, "drop_leaks": drop_leaks, "budget": str(budget), "per": per},
         notes=[*(one.note for one in wanted.targets), setup.sought.leaks.note, *taken.notes, setup.note(uses), drawn],

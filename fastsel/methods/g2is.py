@@ -19,9 +19,10 @@ from typing import Any
 
 from fastsel.errors import UsageError
 from fastsel.features.gradient_matrix import given_matrix, projected
-from fastsel.features.gradient_setup import set_up, set_up_targets
+from fastsel.features.gradient_setup import set_up
 from fastsel.features.influence import running
 from fastsel.features.leaks import REASON
+from fastsel.features.target_setup import set_up_targets
 from fastsel.io import open_pool
 from fastsel.selection import Budget, Selection, build_in_turn, read_budget, spread
 from fastsel.selectors import graph_walk
@@ -69,7 +70,7 @@ def g2is(
         taken = given_matrix(pool, gradients, target_gradients)
         sought = set_up_targets(
             pool, target, subtask_column=subtask_column, leaks=leaks, drop_leaks=drop_leaks, device=device,
-            store=store, progress=progress,
+            store=store, progress=progress, optional=True,
         )  # fmt: skip
         taken.provenance |= sought.record
     else:

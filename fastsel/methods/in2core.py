@@ -24,9 +24,10 @@ import numpy as np
 from fastsel.errors import UsageError
 from fastsel.features.gradient_matrix import given_matrix
 from fastsel.features.gradient_rows import GradientRule
-from fastsel.features.gradient_setup import set_up, set_up_targets
+from fastsel.features.gradient_setup import set_up
 from fastsel.features.influence import running
 from fastsel.features.row_gradients import RowGradients, matrices_of
+from fastsel.features.target_setup import set_up_targets
 from fastsel.io import open_pool
 from fastsel.progress import progress_bar
 from fastsel.selection import Budget, Selection, build_selection, rank_rows, read_budget, spread
@@ -78,7 +79,7 @@ def in2core(
         scores[taken.rows] = -influences(taken.matrix, taken.target, damping=damping)
         sought = set_up_targets(
             pool, target, subtask_column=subtask_column, leaks=leaks, drop_leaks=drop_leaks, device=device,
-            store=store, progress=progress,
+            store=store, progress=progress, optional=True,
         )  # fmt: skip
         notes, provenance = [*taken.notes, *sought.notes], {**taken.provenance, **sought.record}
     else:
@@ -86,7 +87,7 @@ def in2core(
             pool, target=target, subtask_column=subtask_column, leaks=leaks, drop_leaks=drop_leaks, model=model,
             checkpoints=checkpoints, warmup_fraction=warmup_fraction, epochs=epochs, lora_r=lora_r,
             learning_rate=learning_rate, template=template, max_length=max_length, device=device, dtype=dtype,
-            seed=seed, store=store, progress=progress,
+            seed=seed, store=store, progress=progress, needs_adam=False,
         )  # fmt: skip
         last, sought = setup.run[-1], setup.sought
         with running(last, setup.base) as state:

@@ -113,5 +113,5 @@ def less(
         notes=[*helped.notes, setup.note(helped.uses), setup.sought.leaks.note,
                *(union if combine == "union" and n_targets > 1 else [])],
         rule=setup.sought.rule, budget=budget, per=per, timings=gradients.timings, seed=seed, official=official,
-        provenance={**gradients.provenance, **setup.record(helped.uses)},
+        provenance={**gradients.provenance, **setup.record(helped.uses, helped.directions.targets)},
     )  # fmt: skip

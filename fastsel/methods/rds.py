@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from fastsel.errors import UsageError
 from fastsel.features.embeddings import embed_pool
-from fastsel.features.leaks import REASON, find_leaks
+from fastsel.features.leaks import REASON
+from fastsel.features.target_setup import set_up_targets
 from fastsel.features.target_vectors import target_vectors
-from fastsel.features.targets import open_targets
 from fastsel.io import open_pool
 from fastsel.models.encoders import is_language_model, load_encoder
 from fastsel.selection import Budget, Selection, build_in_turn, rank_rows, read_budget, spread
@@ -79,9 +79,9 @@ def rds(
         raise UsageError(f"aggregate={aggregate!r} is not known; it is one of: round_robin, mean, max")
     pool = open_pool(pool)
     budget = read_budget(budget, pool, per)
-    targets = open_targets(target, subtask_column=subtask_column)
-    found = find_leaks(pool, targets, how=leaks, device=device, store=store and f"{store}/leaks", progress=progress)
-    found.warn(drop_leaks)
+    sought = set_up_targets(
+        pool, target, subtask_column=subtask_column, leaks=leaks, drop_leaks=drop_leaks, device=device, store=store,
+        progress=progress)  # fmt: skip
     if pooling == "auto" and is_language_model(encoder):
         pooling = "weighted"
     loaded = load_encoder(
@@ -89,9 +89,8 @@ def rds(
     )
     machine: dict[str, Any] = {"text": text, "batch_tokens": batch_tokens, "implementation": implementation}
     embeddings = embed_pool(pool, loaded, **machine, store=store, executor=executor, progress=progress)
-    if drop_leaks and found.found:
-        embeddings.drop(found.mask(len(pool)), REASON)
-    wanted = target_vectors(targets, loaded, **machine)
+    embeddings.drop(sought.kept_out(len(pool)), REASON)
+    wanted = target_vectors(sought.targets, loaded, **machine)
     scores_n = np.full(len(pool), np.nan)
     limits = spread(budget, pool, embeddings.n_tokens, per)
     with embeddings.timed("choose"):
@@ -111,7 +110,8 @@ def rds(
         config={"text": text, "pooling": loaded.pooling, "aggregate": aggregate, "drop_leaks": drop_leaks,
                 "budget": str(budget), "per": per},
     )  # fmt: skip
-    selection.notes += [*(one.note for one in wanted.targets), found.note, _beside_random(selection, scores_n)]
+    selection.provenance |= sought.record
+    selection.notes += [*(one.note for one in wanted.targets), sought.leaks.note, _beside_random(selection, scores_n)]
     return selection
 
 

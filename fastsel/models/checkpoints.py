@@ -11,6 +11,7 @@ A checkpoint stands for the steps since the one before, and its weight is their 
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from fastsel.errors import InputError
+from fastsel.errors import FastselWarning, InputError
 from fastsel.models.adam_state import AdamState, plain_name, read_adam_state
 from fastsel.models.loading import LoadedModel, load_adapter, refuse_pickles
 
 CONFIG, WEIGHTS, STATE = "adapter_config.json", "adapter_model.safetensors", "trainer_state.json"
+_PROBES = ("The quick brown fox, 12345!", "def f(x):\n    return x + 1\n", "Où est-il ? 东京")
 _NAMED = re.compile(r"checkpoint-(\d+)$")
 
 
@@ -98,7 +100,30 @@ class Checkpoint:
                 f"the adapter {self.folder} does not fit its base {loaded.model.get_base_model().__class__.__name__}: "
                 f"that has no {astray[0]}"
             )
+        if isinstance(base, (tuple, LoadedModel)):
+            self._check_tokenizer(loaded, base[1] if isinstance(base, tuple) else base.tokenizer)
         return loaded
+
+    def _check_tokenizer(self, loaded: LoadedModel, of_base: Any) -> None:
+        """The tokenizer beside the adapter is what it was trained with; where it reads texts in other tokens than the
+        base's, something is mixed up.
+        """
+        if loaded.tokenizer is of_base:
+            return
+        rows = loaded.model.get_input_embeddings().weight.shape[0]
+        highest = max(loaded.tokenizer.get_vocab().values(), default=0)
+        if highest >= rows and highest > max(of_base.get_vocab().values(), default=0):
+            raise InputError(
+                f"the tokenizer in {self.folder} goes to token {highest:,}, its base has {rows:,} embeddings: the run "
+                "enlarged them. Name the enlarged model (--model), or take the tokenizer files out of the folder"
+            )
+        if any(loaded.tokenizer(text)["input_ids"] != of_base(text)["input_ids"] for text in _PROBES):
+            warnings.warn(
+                f"the tokenizer in {self.folder} reads texts in other tokens than its base's: is this the model that "
+                "the run trained? The folder's tokenizer is taken",
+                FastselWarning,
+                stacklevel=3,
+            )
 
     def adam_state(self, names: Sequence[str]) -> AdamState:
         """Adam's moments for these parameters; see read_adam_state."""
@@ -192,9 +217,17 @@ def _refuse_unusable(folder: Path) -> None:
             f"{folder} holds no checkpoint: neither checkpoint-N folders nor {CONFIG}. It should be the output_dir of "
             "a LoRA run of transformers' Trainer, or of `fastsel warmup`"
         )
-    kind = _read(folder / CONFIG).get("peft_type", "LORA")
+    config = _read(folder / CONFIG)
+    kind = config.get("peft_type", "LORA")
+    if config.get("use_dora"):
+        raise InputError(
+            f"{folder} is a DoRA adapter, which divides its directions by their lengths: gradients are taken of plain "
+            "LoRA matrices. Train with use_dora=False (`fastsel warmup` does)"
+        )
     if kind != "LORA":
-        raise InputError(f"{folder} is a {kind} adapter; gradients are taken with respect to LoRA matrices")
+        raise InputError(
+            f"{folder} is a {kind} adapter; gradients are taken with respect to LoRA matrices: `fastsel warmup` trains such"
+        )
     refuse_pickles(folder, str(folder), WEIGHTS, "peft_model.save_pretrained(FOLDER)")
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastsel.budget import rank_rows, source_codes
 from fastsel.io.examples import STATUS
-from fastsel.summary import finite, length_name, summarize
+from fastsel.summary import finite, length_name, mean, summarize
 
 if TYPE_CHECKING:
     from fastsel.io import Example
@@ -21,6 +21,7 @@ SHOWN_A_GROUP = 8
 FAILED_SHOWN = 30
 SAMPLED = 240
 SOURCES_SHOWN = 16
+SUBTASKS_SHOWN = 100
 # Characters of a row's text: enough to judge a row, and 300 rows of the longest texts stay below 2 MB.
 CHARACTERS_SHOWN = 4_000
 CHARACTERS_SAMPLED = 1_200
@@ -30,8 +31,9 @@ def report_content(selection: Selection) -> dict[str, Any]:
     """Collect the numbers, the bars and the rows of the page.
 
     Returns:
-        The summary, "histogram", "shares" (by source and by length), "groups" of rows worth reading, "sample" (rows
-        drawn with the run's seed, half of them kept), "failed" rows, "config", "inputs" and "provenance".
+        The summary, "histogram", "shares" (by source and by length), "target" (what the rows were chosen for, or None),
+        "groups" of rows worth reading, "sample" (rows drawn with the run's seed, half of them kept), "failed" rows,
+        "config", "inputs" and "provenance".
     """
     facts = summarize(selection)
     return {
@@ -41,6 +43,7 @@ def report_content(selection: Selection) -> dict[str, Any]:
             "source": _share_rows(facts["sources"], "source"),
             "length": [{"name": length_name(part), **_three(part)} for part in facts["lengths"] or []],
         },
+        "target": _target(selection),
         "groups": _groups(selection),
         "sample": _sample(selection),
         "failed": _failed(selection),
@@ -111,6 +114,40 @@ def _share_rows(parts: list[dict[str, Any]] | None, key: str) -> list[dict[str, 
 
 def _three(part: dict[str, Any]) -> dict[str, Any]:
     return {name: part[name] for name in ("pool", "kept", "random")}
+
+
+def _target(selection: Selection) -> dict[str, Any] | None:
+    """Targets with their subtasks and what rows score for each, checkpoints, and target rows that the pool holds."""
+    targets = selection.provenance.get("targets")
+    if not targets:
+        return None
+    named = {name: values for name, values in selection.metrics.items() if name.startswith(f"{selection.method}_")}
+    rows = {"pool": np.arange(len(selection.scores)), "kept": selection.indices, "random": selection.baseline}
+    first = np.zeros(0, np.int64)  # of each chosen row the subtask that it scores highest for
+    if named and len(selection):
+        first = np.argmax(np.nan_to_num(np.stack([v[selection.indices] for v in named.values()]), nan=-np.inf), axis=0)
+    subtasks = []
+    for target in targets:
+        for name, n in target["subtasks"].items():
+            values = named.get(f"{selection.method}_{name}")
+            place = list(named).index(f"{selection.method}_{name}") if values is not None else -1
+            subtasks.append(
+                {"target": _printable(target["name"]), "name": _printable(name), "rows": n,
+                 "best_of": None if values is None else int(np.count_nonzero(first == place)),
+                 "means": None if values is None else {part: mean(values[r]) for part, r in rows.items()}}
+            )  # fmt: skip
+    leaks = selection.provenance.get("leaks")
+    if leaks is not None:
+        found = leaks["first"][:FAILED_SHOWN]
+        leaks = {**leaks, "first": [{**leak, "kept": bool(selection.selected[leak["row"]])} for leak in found]}
+    return {
+        "targets": [{**target, "name": _printable(target["name"])} for target in targets],
+        "subtasks": subtasks[:SUBTASKS_SHOWN],
+        "more_subtasks": max(0, len(subtasks) - SUBTASKS_SHOWN),
+        "checkpoints": selection.provenance.get("checkpoints") or [],
+        "base": (selection.provenance.get("base") or {}).get("name"),
+        "leaks": leaks,
+    }
 
 
 def _groups(selection: Selection) -> list[dict[str, Any]]:

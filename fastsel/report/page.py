@@ -48,6 +48,25 @@ _ABOUT = {
         "Best rows first, each kept unless it is too similar to one kept before. Rows above the last kept one that are "
         "not kept have a near-copy that is."
     ),
+    "less": (
+        "A score is the cosine of the step that Adam would take on a row with the gradients of the subtask that it "
+        "serves best, over the checkpoints of a short LoRA run. High: training on the row moves the model as training "
+        "on the target would."
+    ),
+    "g2is": (
+        "Walks through the pool's gradients, one along each direction in which the target's gradients differ. A gain "
+        "is the cosine with the pick before; no two rows of a walk have gradients that conflict."
+    ),
+    "cluster_ucb": (
+        "Scores are LESS's at the last checkpoint, for the rows that a bandit drew from clusters of gradients; the "
+        "others have none. A cluster whose rows scored high was drawn from more often."
+    ),
+    "in2core": (
+        "How far one more step on a row would lower the target's loss, by DataInf's influence functions. Not a cosine: "
+        "rows with large gradients, short and hard ones, score high."
+    ),
+    "bm25": "Rows that share rare words with the target's. A baseline without a model that is hard to beat.",
+    "rds": "Rows nearest to a row of the target by what a language model makes of them; target rows take turns.",
     "random": "A uniform draw. What every other method has to beat.",
 }
 

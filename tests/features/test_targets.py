@@ -172,3 +172,11 @@ def test_nothing_is_looked_for_when_asked_so(file):
     leaks.warn(dropped=False)
     with pytest.raises(UsageError, match="leaks='all' is not known; it is one of: near, equal, none"):
         find_leaks(open_pool(POOL), open_targets(file), how="all")
+
+
+def test_subtasks_that_lose_all_rows_are_named(file):
+    (target,) = open_targets(file, subtask_column="task")
+    first = target.subtasks[0]
+    rest = target.without({int(row): "no gradient" for row in target.rows[target.subtask == 0]})
+    assert first not in rest.subtasks and f"no usable row of the subtasks {first}" in rest.note
+    assert rest.record["lost"] == [first] and "no usable row" not in target.note

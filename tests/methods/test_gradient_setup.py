@@ -8,7 +8,7 @@ import pytest
 
 import fastsel
 from fastsel.errors import FastselWarning, InputError
-from fastsel.features import gradient_setup
+from fastsel.features import gradient_setup, target_setup
 from fastsel.features.gradient_setup import base_model
 from fastsel.models.checkpoints import open_checkpoints
 
@@ -79,7 +79,7 @@ def test_the_adapter_has_a_name_of_its_own(lora_run, tmp_path):
 
 
 def test_what_cannot_be_used_is_said_before_anything_is_computed(lora_run, monkeypatch):
-    monkeypatch.setattr(gradient_setup, "find_leaks", lambda *_, **__: pytest.fail("leaks were looked for"))
+    monkeypatch.setattr(target_setup, "find_leaks", lambda *_, **__: pytest.fail("leaks were looked for"))
     options = {**lora_run, "leaks": "near", "budget": 4}
     with pytest.raises(InputError, match="there is no such folder"):
         fastsel.less(**{**options, "checkpoints": "nowhere"})

@@ -108,3 +108,15 @@ def test_refuses(lora_run, options, error, message):
     run = {name: lora_run[name] for name in ("pool", "target", "leaks")} if "gradients" in options else lora_run
     with pytest.raises(error, match=message):
         fastsel.in2core(**{**run, "budget": 5, **options})
+
+
+def test_it_needs_no_optimizer_state(lora_run, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(lora_run["checkpoints"], tmp_path / "run")
+    for state in copy.glob("*/optimizer.pt"):
+        state.unlink()
+    found = fastsel.in2core(**{**lora_run, "checkpoints": copy}, budget=5)
+    assert found.scores.tobytes() == fastsel.in2core(**lora_run, budget=5).scores.tobytes()
+    with pytest.raises(InputError, match="Adam's moments are needed"):
+        fastsel.less(**{**lora_run, "checkpoints": copy}, budget=5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastsel.errors import InputError
+from fastsel.errors import FastselWarning, InputError
 from fastsel.models.adam_state import plain_name, read_adam_state
 from fastsel.models.checkpoints import Checkpoint, mean_learning_rate, open_checkpoints
 from fastsel.models.loading import load_model
@@ -351,3 +351,37 @@ def test_refuses_sharded_weights_with_the_command_that_merges_them(tmp_path):
     (shards / ".metadata").write_bytes(b"")
     with pytest.raises(InputError, match=f"accelerate merge-weights {shards} {shards.parent}"):
         open_checkpoints(tmp_path)
+
+
+def test_refuses_dora_by_its_name(tmp_path):
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "use_dora": True}))
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="is a DoRA adapter.*use_dora=False"):
+        open_checkpoints(folder)
+
+
+def with_tokenizer(run, folder, words):
+    """The last checkpoint with a tokenizer of these words beside it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    copy = shutil.copytree(open_checkpoints(run.folder)[-1].folder, folder / "checkpoint-3")
+    of_words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    of_words.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=of_words, unk_token="[UNK]").save_pretrained(copy)
+    return open_checkpoints(copy)[0]
+
+
+def test_a_tokenizer_that_reads_otherwise_is_warned_about(tmp_path):
+    run = Run(tmp_path)
+    with pytest.warns(FastselWarning, match="reads texts in other tokens than its base's"):
+        with_tokenizer(run, tmp_path / "other", ["a", "The", "[UNK]", "b"]).load(tiny_pair())
+    with_tokenizer(run, tmp_path / "same", ["a", "b", "[UNK]"]).load(tiny_pair())
+
+
+def test_refuses_a_tokenizer_with_more_tokens_than_embeddings(tmp_path):
+    run = Run(tmp_path)
+    larger = with_tokenizer(run, tmp_path / "larger", ["a", "b", "[UNK]", *map(str, range(80))])
+    with pytest.raises(InputError, match="goes to token 82, its base has 60 embeddings"):
+        larger.load(tiny_pair())
