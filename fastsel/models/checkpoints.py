@@ -226,7 +226,7 @@ def _refuse_unusable(folder: Path) -> None:
         )
     if kind != "LORA":
         raise InputError(
-            f"{folder} is a {kind} adapter; gradients are taken with respect to LoRA matrices: `fastsel warmup` trains such"
+            f"{folder} is a {kind} adapter; gradients are taken of LoRA matrices: `fastsel warmup` trains such"
         )
     refuse_pickles(folder, str(folder), WEIGHTS, "peft_model.save_pretrained(FOLDER)")
 
