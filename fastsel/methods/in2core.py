@@ -13,7 +13,8 @@ Differences from DataInf's code:
 - Gradients are of the answer's tokens; the code's generation examples label the prompt's too.
 - Rows without a labelled token, or with a gradient that is not finite, are left out.
 - Nothing is kept of a gradient: each of the three passes of the closed form takes them anew, where the code holds all
-  of them in memory. `gradients=` and `target_gradients=` take kept ones: whole or projected, they are one layer.
+  of them in memory. An interrupted run goes on; the second pass, which only adds up, begins anew.
+- `gradients=` and `target_gradients=` take kept ones: whole or projected, they are one layer.
 """
 
 import time
@@ -27,11 +28,11 @@ from fastsel.features.gradient_rows import GradientRule
 from fastsel.features.gradient_setup import set_up
 from fastsel.features.influence import running
 from fastsel.features.row_gradients import RowGradients, matrices_of
+from fastsel.features.sharded_influence import sharded_influences
 from fastsel.features.target_setup import set_up_targets
 from fastsel.io import open_pool
-from fastsel.progress import progress_bar
 from fastsel.selection import Budget, Selection, build_selection, rank_rows, read_budget, spread
-from fastsel.selectors.data_influence import influences
+from fastsel.selectors.data_influence import InfluencePasses, influences
 from fastsel.unused_options import refuse_unused
 
 
@@ -55,7 +56,7 @@ def in2core(
             see features.gradient_setup.set_up; gradients are those at the last checkpoint.
         overflow, turns: see TrainingTokenizer.    leaks, drop_leaks: see find_leaks.
         budget, per, seed: see ifd; no budget in tokens.
-        implementation, batch_tokens, progress: see lora_gradients.    executor: None; passes run in this process.
+        implementation, batch_tokens, executor, progress: see lora_gradients.
 
     Returns:
         Selection; scores are minus the influences, so that high ones are good.
@@ -68,8 +69,8 @@ def in2core(
     pool, started = open_pool(pool), time.perf_counter()
     budget = read_budget(budget, pool, per)
     limits = spread(budget, pool, None, per)
-    if executor is not None:
-        raise UsageError("in2core runs in one process: each pass adds up over all rows; leave executor (--engine) out")
+    if not 0 < damping < np.inf:
+        raise UsageError(f"damping must be a number above 0, got {damping}")
     if target is None and target_gradients is None:
         raise UsageError("which target? --target names a file of rows, --target-gradients their gradients")
     scores = np.full(len(pool), np.nan)
@@ -91,21 +92,19 @@ def in2core(
         )  # fmt: skip
         last, sought = setup.run[-1], setup.sought
         with running(last, setup.base) as state:
-            rule, of = (
-                GradientRule("sgd", dense=True),
-                (setup.max_length, overflow, turns, batch_tokens, implementation),
-            )
+            how: tuple[Any, ...] = (setup.max_length, overflow, turns, batch_tokens, implementation)
             wanted = [
-                RowGradients(one.pool, state.forward, setup.target_template, rule, *of).whole(one.rows)
-                for one in sought.targets
-            ]
-            taken = RowGradients(pool, state.forward, setup.template, rule, *of)
-            rows = taken.rows
-            with progress_bar(3 * len(rows), "row", mode=progress, description="influences") as bar:
-                scores[rows] = -influences(
-                    lambda: taken.dense(rows, bar.update), np.concatenate(wanted), damping=damping,
-                    columns=matrices_of(state.forward, layers),
-                )  # fmt: skip
+                RowGradients(one.pool, state.forward, setup.target_template, GradientRule("sgd", dense=True), *how)
+                .whole(one.rows) for one in sought.targets
+            ]  # fmt: skip
+            spans = [(name, *span) for name, span in matrices_of(state.forward, layers).items()]
+            taken = sharded_influences(
+                pool, state.forward, InfluencePasses(spans, np.concatenate(wanted).mean(0, np.float64, keepdims=True)),
+                template=setup.template, damping=damping, max_length=setup.max_length, overflow=overflow, turns=turns,
+                batch_tokens=batch_tokens, implementation=implementation, store=store and f"{store}/influences",
+                executor=executor, progress=progress,
+            )  # fmt: skip
+            scores = -taken.values
         notes = [*sought.notes, setup.note({last.step: "influence"})]
         provenance = {**taken.provenance, **setup.record({last.step: "influence"})}
     scores[~taken.has_vector] = np.nan

@@ -1,6 +1,7 @@
 """DataInf: the influence of training rows on a target's loss, in closed form, layer by layer, from their gradients."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -97,45 +98,83 @@ def influences(
     spans = _spans(columns, layers, wanted.d)
     blocks = train if callable(train) else _blocks_of(train)
 
-    def parts() -> Iterator[tuple[int, list[NDArray[np.float64]]]]:
+    passes = InfluencePasses(spans, v)
+
+    def parts() -> Iterator[tuple[int, NDArray[Any]]]:
         start = 0
         for given in blocks():
             block = np.asarray(given.detach().cpu() if isinstance(given, torch.Tensor) else given)
             if block.ndim != 2 or block.shape[1] != wanted.d:
                 raise UsageError(f"train has blocks {list(block.shape)}, the target has {wanted.d} columns")
-            yield start, [block[:, first:end].astype(np.float64) for _, first, end in spans]
+            yield start, block
             start += len(block)
 
-    square_parts, dot_parts = [], []  # [b, layers], [b, layers, m]
-    for start, part in parts():
-        square_parts.append(np.stack([np.einsum("bp,bp->b", g, g) for g in part], axis=1))
-        _refuse(start, part, square_parts[-1])
-        dot_parts.append(np.stack([np.einsum("bp,mp->bm", g, v[:, a:b]) for g, (_, a, b) in _with(part, spans)], 1))
+    square_parts, dot_parts = [], []
+    for start, block in parts():
+        of_block, dots = passes.products(block)
+        _refuse(start, block, of_block)
+        square_parts.append(of_block)
+        dot_parts.append(dots)
     if not square_parts or not sum(map(len, square_parts)):
         return np.zeros((wanted.n, 0) if each else 0)
     squares, dots = np.concatenate(square_parts), np.concatenate(dot_parts)
-    n = len(squares)
-    damp = damping * squares.mean(0) / np.array([end - first for _, first, end in spans])
-    inverse = np.divide(1.0, damp, out=np.zeros_like(damp), where=damp > 0)
-    below = damp + squares
-    weights = np.divide(dots, n * below[:, :, None], out=np.zeros_like(dots), where=below[:, :, None] > 0)
+    weights, inverse = passes.weights(squares, dots, damping)
     sums = np.zeros_like(v)
-    for start, part in parts():
-        for i, (g, (_, a, b)) in enumerate(_with(part, spans)):
-            sums[:, a:b] += np.einsum("bm,bp->mp", weights[start : start + len(g), i], g)
-    found = np.zeros((n, len(v)))
-    for start, part in parts():
-        for i, (g, (_, a, b)) in enumerate(_with(part, spans)):
-            rows = slice(start, start + len(g))
-            found[rows] -= (dots[rows, i] - np.einsum("bp,mp->bm", g, sums[:, a:b])) * inverse[i]
+    for start, block in parts():
+        passes.add(sums, block, weights[start : start + len(block)])
+    found = np.concatenate(
+        [passes.values(block, dots[start : start + len(block)], sums, inverse) for start, block in parts()]
+    )
     per_row: NDArray[np.float64] = found.T.copy() if each else found[:, 0].copy()
     return per_row
 
 
-def _with(
-    part: list[NDArray[np.float64]], spans: list[tuple[str, int, int]]
-) -> Iterator[tuple[NDArray[np.float64], tuple[str, int, int]]]:
-    return zip(part, spans, strict=True)
+@dataclass(frozen=True)
+class InfluencePasses:
+    """What the three passes do with a block of training gradients [b, p]; in float64, one row after another.
+
+    Attributes:
+        spans: (name, first column, end) of each layer.
+        v: float64 [m, p], what influences are on.
+    """
+
+    spans: list[tuple[str, int, int]]
+    v: NDArray[np.float64]
+
+    def products(self, block: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """|g_il|^2 [b, layers], and <v_l, g_il> [b, layers, m]."""
+        parts = self._parts(block)
+        squares = [np.einsum("bp,bp->b", g, g) for g, _, _ in parts]
+        return np.stack(squares, 1), np.stack([np.einsum("bp,mp->bm", g, self.v[:, a:b]) for g, a, b in parts], 1)
+
+    def weights(
+        self, squares: NDArray[np.float64], dots: NDArray[np.float64], damping: float
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """w_il [n, layers, m] from the products of all rows, and 1 / lambda_l [layers], 0 where all gradients are."""
+        damp = damping * squares.mean(0) / np.array([end - first for _, first, end in self.spans])
+        inverse = np.divide(1.0, damp, out=np.zeros_like(damp), where=damp > 0)
+        below = damp + squares
+        weights = np.divide(
+            dots, len(squares) * below[:, :, None], out=np.zeros_like(dots), where=below[:, :, None] > 0
+        )
+        return weights, inverse
+
+    def add(self, sums: NDArray[np.float64], block: NDArray[Any], weights: NDArray[np.float64]) -> None:
+        """Add the block's w_il g_il to r [m, p]."""
+        for i, (g, a, b) in enumerate(self._parts(block)):
+            sums[:, a:b] += np.einsum("bm,bp->mp", weights[:, i], g)
+
+    def values(
+        self, block: NDArray[Any], dots: NDArray[np.float64], sums: NDArray[np.float64], inverse: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """I_i [b, m]."""
+        found = np.zeros((len(block), len(self.v)))
+        for i, (g, a, b) in enumerate(self._parts(block)):
+            found -= (dots[:, i] - np.einsum("bp,mp->bm", g, sums[:, a:b])) * inverse[i]
+        return found
+
+    def _parts(self, block: NDArray[Any]) -> list[tuple[NDArray[np.float64], int, int]]:
+        return [(block[:, first:end].astype(np.float64), first, end) for _, first, end in self.spans]
 
 
 def _blocks_of(train: Any) -> Blocks:
@@ -163,12 +202,12 @@ def _spans(columns: Columns | None, layers: Sequence[str] | None, width: int) ->
     return spans
 
 
-def _refuse(start: int, part: list[NDArray[np.float64]], squares: NDArray[np.float64]) -> None:
+def _refuse(start: int, block: NDArray[Any], squares: NDArray[np.float64]) -> None:
     """Name the first row of a block that is not finite."""
     is_bad = ~np.isfinite(squares).all(axis=1)
     if is_bad.any():
         row = int(is_bad.argmax())
-        is_finite = all(np.isfinite(g[row]).all() for g in part)
+        is_finite = bool(np.isfinite(block[row]).all())
         raise UsageError(
             f"train: row {start + row} " + ("is too long for float64" if is_finite else "holds NaN or infinity")
         )

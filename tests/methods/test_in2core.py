@@ -100,7 +100,6 @@ def test_the_command_line(tmp_path):
         ({"budget": "1000tok"}, UsageError, "token"),
         ({"layers": ["layers.9"]}, UsageError, "no LoRA matrix has 'layers.9' in its name"),
         ({"damping": 0.0}, UsageError, "damping must be a number above 0"),
-        ({"executor": object()}, UsageError, "in2core runs in one process"),
         ({"gradients": np.ones((3, 4)), "target_gradients": np.eye(2, 4)}, InputError, "3 rows, the pool .* has 30"),
     ],
 )
@@ -120,3 +119,83 @@ def test_it_needs_no_optimizer_state(lora_run, tmp_path):
     assert found.scores.tobytes() == fastsel.in2core(**lora_run, budget=5).scores.tobytes()
     with pytest.raises(InputError, match="Adam's moments are needed"):
         fastsel.less(**{**lora_run, "checkpoints": copy}, budget=5)
+
+
+class Elsewhere:
+    """An executor that sends the function through pickle, as another process would get it, and notes the shards."""
+
+    def __init__(self):
+        self.shards = []
+
+    def map_shards(self, function, shards):
+        import pickle
+
+        self.shards.append(list(shards))
+        sent = pickle.loads(pickle.dumps(function))
+        return [sent(shard) for shard in shards]
+
+
+def test_shards_run_elsewhere_and_end_in_the_same_bytes(lora_run, monkeypatch):
+    from fastsel.features import batches
+
+    monkeypatch.setattr(batches, "SHARD_TOKENS", 60)
+    here, elsewhere = fastsel.in2core(**lora_run, budget=10), Elsewhere()
+    there = fastsel.in2core(**lora_run, budget=10, executor=elsewhere)
+    assert there.scores.tobytes() == here.scores.tobytes()
+    assert [len(shards) for shards in elsewhere.shards] == [len(elsewhere.shards[0])] * 3
+    assert len(elsewhere.shards[0]) > 3, "the pool is one shard, so that nothing was shown"
+
+
+@pytest.mark.parametrize("stop_at", [("products", 2), ("sum", 1), ("influences", 2)])
+def test_an_interrupted_run_goes_on(lora_run, tmp_path, monkeypatch, stop_at):
+    from fastsel.features import batches, sharded_influence
+
+    monkeypatch.setattr(batches, "SHARD_TOKENS", 60)
+    whole = fastsel.in2core(**lora_run, budget=10)
+    names = {"products": "_Products", "sum": "_Sum", "influences": "_Values"}
+    kinds = {name: getattr(sharded_influence, kind) for name, kind in names.items()}
+    calls = dict.fromkeys(kinds, 0)
+    limit = dict([stop_at])
+    for name, kind in kinds.items():
+
+        def counted(self, shard, name=name, run=kind.__call__):
+            if calls[name] == limit.get(name):
+                raise KeyboardInterrupt
+            calls[name] += 1
+            return run(self, shard)
+
+        monkeypatch.setattr(kind, "__call__", counted)
+    with pytest.raises(KeyboardInterrupt):
+        fastsel.in2core(**lora_run, budget=10, store=tmp_path)
+    before = dict(calls)
+    limit.clear()
+    again = fastsel.in2core(**lora_run, budget=10, store=tmp_path)
+    assert again.scores.tobytes() == whole.scores.tobytes()
+    shards = calls["influences"]  # each was taken once, before or after
+    assert calls["products"] == shards and calls["sum"] == shards + (before["sum"] if stop_at[0] == "sum" else 0)
+    fastsel.in2core(**lora_run, budget=10, store=tmp_path)
+    assert calls["influences"] == shards
+
+
+def test_a_row_that_is_not_finite_neither_counts_nor_is_chosen(lora_run, monkeypatch):
+    """The same as without the row."""
+    from fastsel.models.lora_forward import LoraForward
+
+    run = LoraForward.run
+    words = None
+
+    def spoiled(self, examples, consumer, **more):
+        losses = run(self, examples, consumer, **more)
+        for i, example in enumerate(examples):
+            if [list(s.ids) for s in example] == words:
+                losses[i] = float("nan")
+        return losses
+
+    model, tokenizer = lora_run["model"]
+    tokenise = TrainingTokenizer(tokenizer, load_template("none"), max_length=64)
+    (row,) = tokenise(lora_run["pool"].examples([4]))
+    words = [list(ids) for ids, _ in row.sequences]
+    monkeypatch.setattr(LoraForward, "run", spoiled)
+    found = fastsel.in2core(**lora_run, budget=1.0)
+    assert np.isnan(found.scores[4]) and 4 not in found.indices and "not a finite number" in found.reasons[4]
+    assert np.isfinite(np.delete(found.scores, [4, 7])).all()
