@@ -44,8 +44,11 @@ PASSES = {name: f"influences, pass {i} of 3" for i, name in enumerate(("products
 class Passes(Protocol):
     """The arithmetic; see selectors.data_influence.InfluencePasses."""
 
-    spans: list[tuple[str, int, int]]
-    v: NDArray[np.float64]
+    @property
+    def spans(self) -> list[tuple[str, int, int]]: ...
+
+    @property
+    def v(self) -> NDArray[np.float64]: ...
 
     def products(self, block: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
 
