@@ -163,7 +163,8 @@ def sjlt(chip: Chip, dtype: torch.dtype) -> str:
     programs = launch.grid[0] * launch.grid[1] * launch.grid[2]
     blocks = 1 << (launch.constants["SEGMENT_BITS"] - launch.constants["BITS"])
     needed = PROJECTED * (ADAPTERS * dtype.itemsize + 8 * PROJECTION_K * launch.grid[0])
-    p = predict_streaming(code, programs, blocks, needed, chip)
+    numbers = launch.constants["ROWS"] * launch.constants["BLOCK_K"] * dtype.itemsize // 4  # 16-bit rows go in pairs
+    p = predict_streaming(code, programs, blocks, needed, chip, gathered=numbers)
     return (
         f"{p.seconds * 1e6:,.0f} us | {p.floor_seconds * 1e6:,.0f} us | {p.ratio:.2f} "
         f"| {p.programs_resident} | {p.inner_limit} | {p.outer_limit} |"

@@ -5,11 +5,11 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from fastsel.kernels._runtime import triton_proof  # noqa: E402
+from fastsel.kernels._runtime import triton_predict, triton_proof, triton_sjlt  # noqa: E402
 from fastsel.kernels._runtime.testing import assert_as_exact  # noqa: E402
 from fastsel.kernels._runtime.triton_launch import INTERPRETED, Launch  # noqa: E402
-from fastsel.kernels._runtime.triton_proof import assert_sound  # noqa: E402
-from fastsel.kernels.lora_gradient_sketch import AdamStep, SketchSpec, reference  # noqa: E402
+from fastsel.kernels._runtime.triton_proof import assert_sound, code_of  # noqa: E402
+from fastsel.kernels.lora_gradient_sketch import AdamStep, SketchSpec, predicted_work, reference  # noqa: E402
 from fastsel.kernels.lora_gradient_sketch import gpu_triton as kernel  # noqa: E402
 from fastsel.kernels.lora_gradient_sketch.cases import CASES, Case, make_inputs  # noqa: E402
 
@@ -65,12 +65,14 @@ def assert_close(ours, exact, _, *, reduction_length, what):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Little work for the interpreter, and many programs, chunks and passes in a small case."""
-    tiles = (16, 16, 4, 16, 16, 16, 4, 2, "ieee")
-    monkeypatch.setattr(kernel, "LAUNCH_TABLE", dict.fromkeys(kernel.LAUNCH_TABLE, tiles))
+    monkeypatch.setattr(kernel, "PRODUCTS_TABLE", dict.fromkeys(kernel.PRODUCTS_TABLE, (16, 16, 16, 4, 2, 16)))
+    monkeypatch.setattr(kernel, "GRADIENTS_TABLE", dict.fromkeys(kernel.GRADIENTS_TABLE, (16, 32, 16, 4, 2)))
+    monkeypatch.setattr(kernel, "WHOLE", 32)
     monkeypatch.setattr(kernel, "GAMMAS", 1000)
     monkeypatch.setattr(kernel, "DOTS_STRETCH", 64)
-    monkeypatch.setattr(kernel, "DOTS_BLOCK", dict.fromkeys((2, 4), (16, 16, 32, 4)))
-    monkeypatch.setattr(kernel, "SJLT_BLOCK", (32, 2, 4))
+    monkeypatch.setattr(kernel, "DOTS_BLOCK", dict.fromkeys((2, 4), (16, 16, 32, 4, 2)))
+    monkeypatch.setattr(triton_sjlt, "SJLT_TABLE", dict.fromkeys(triton_sjlt.SJLT_TABLE, (64, 2, 16, 1)))
+    monkeypatch.setattr(triton_sjlt, "FEWEST_LANES", 32)
 
 
 small = pytest.mark.usefixtures("small_tiles")
@@ -143,10 +145,15 @@ def check_any_strides_and_targets_of_16_bits():
     )  # fmt: skip
 
 
+def kernel_named(function):
+    return getattr(triton_sjlt if function in ("sjlt_kernel", "sum_kernel") else kernel, function)
+
+
 PLANTED = [
     ("gradients_kernel", {"STOP": 21}), ("gradients_kernel", {"N_COLUMNS": 25}), ("gradients_kernel", {"ROW": 1}),
-    ("gradients_kernel", {"eps_inside": 1e-3}), ("products_kernel", {"D": 16}), ("dots_kernel", {"P": 60}),
-    ("sjlt_kernel", {"SKIPPED": 9}), ("sjlt_kernel", {"J": 1}),
+    ("gradients_kernel", {"eps_inside": 1e-3}), ("products_kernel", {"D_IN": 16}), ("products_kernel", {"OF_DELTA": 1}),
+    ("pairs_kernel", {"OF_X": 1}), ("dots_kernel", {"P": 60}), ("sjlt_kernel", {"first_units": 9}),
+    ("sjlt_kernel", {"row_first": 1}),
 ]  # fmt: skip
 
 
@@ -156,7 +163,7 @@ def check_planted_wrong_arguments_are_caught(function, planted, monkeypatch):
     plain_run = Launch.run
 
     def run(launch):
-        if launch.kernel is getattr(kernel, function):
+        if launch.kernel is kernel_named(function):
             launch = launch._replace(arguments=launch.arguments | planted)
         plain_run(launch)
 
@@ -181,10 +188,10 @@ def launches(architecture, dtype, lengths=(300,) * 16, d_in=4096, d_out=4096, r=
 
 
 def first_of(function, found):
-    return next(launch for launch in found if launch.kernel is getattr(kernel, function))
+    return next(launch for launch in found if launch.kernel is kernel_named(function))
 
 
-KERNELS = ("products_kernel", "gradients_kernel", "dots_kernel", "sjlt_kernel")
+KERNELS = ("products_kernel", "pairs_kernel", "gradients_kernel", "dots_kernel", "sjlt_kernel", "sum_kernel")
 
 
 @outside
@@ -199,12 +206,18 @@ def test_machine_code_of_gradients(architecture):
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled_afresh")
 @pytest.mark.parametrize("function", KERNELS)
-@pytest.mark.parametrize("key", kernel.LAUNCH_TABLE, ids=lambda key: "-".join(map(str, key)))
+@pytest.mark.parametrize("key", kernel.PRODUCTS_TABLE, ids=lambda key: "-".join(map(str, key)))
 def test_machine_code_of_every_entry(key, function):
     architecture, itemsize = key
-    found = [one for one in launches(architecture, DTYPES[itemsize]) if one.kernel is getattr(kernel, function)]
-    for launch in (found[0], found[-1]):  # of A and of B
-        assert_sound(launch, architecture)
+    for sizes in ({"s": 0}, {"k": 0}, {}):  # gamma as a number or as a pair
+        sound = [
+            one for one in launches(architecture, DTYPES[itemsize], **sizes) if one.kernel is kernel_named(function)
+        ]
+        for launch in {id(one): one for one in sound[:1] + sound[-1:]}.values():  # of A and of B
+            # 16 examples are no tile for HGMMA and UTCHMMA; HMMA does it, a fortieth of all products.
+            assert_sound(
+                launch, architecture, allowed=["matrix instructions: HMMA"] if function == "dots_kernel" else []
+            )
 
 
 @outside
@@ -215,3 +228,22 @@ def test_machine_code_of_small_ranks_and_of_no_alignment(dtype):
     for sizes in ({"r": 8}, {"r": 5, "d_in": 203, "d_out": 131, "s": 1, "k": 1001, "lengths": (1,)}):
         for launch in launches("sm_90", dtype, **sizes):
             assert_sound(launch, "sm_90", allowed=["narrow loads"])
+
+
+# Milliseconds an example over Llama-2-7B's 128 modules (r = 128) in units of the floor; see docs/measured.md.
+@outside
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled_afresh")
+@pytest.mark.parametrize(("chip", "most"), [("A100", 1.55), ("H100", 2.7)])
+def test_predicted_time_of_a_module(chip, most):
+    chip, d, r, n, tokens = triton_predict.CHIPS[chip], 4096, 128, 16, 300
+    found = launches(chip.architecture, torch.bfloat16, k=0)
+    works = [predicted_work.work(launch, tokens) for launch in found]
+    seconds = sum(
+        triton_predict.predict_streaming(code_of(launch, chip.architecture), chip=chip, **work).seconds
+        for launch, work in zip(found, works, strict=True)
+    )
+    rate = chip.matrix_flops["16-bit"] * chip.multiprocessors * chip.clock_hz
+    n_bytes = 2 * n * tokens * d * 2 + 2 * r * d * (8 + 2 * 16)
+    floor = max(sum(work["needed_flops"] for work in works) / rate, n_bytes / chip.memory_bytes_s)
+    assert 1 <= seconds / floor <= most
