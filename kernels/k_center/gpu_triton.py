@@ -1,8 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Squared distance of each point to its nearest of a block of centres, on a GPU; no distance leaves the registers.
 
-Who owns what: a program owns BLOCK_N points x all centres; it walks the centres tile by tile and keeps one minimum a
-    point. It also says which of its points is farthest. No atomics: a point's bits depend on it and the centres alone.
+Who owns what: a program owns BLOCK_N + MORE_N points x all centres; it walks the centres tile by tile and keeps one
+    largest p . c - |c|^2 / 2 a point. Both parts of its points meet the same tile of centres: a taller tile needs fewer
+    bytes from the second-level cache for each product. It also says which of its points is farthest, of each
+    FARTHEST_BLOCK. No atomics: a point's bits depend on it and the centres alone.
 Reads: points once from memory, and b / BLOCK_B times from the second-level cache where there are more centres than one
     tile holds; centres n / BLOCK_N times from that cache. Writes: 4 bytes a point, 8 bytes for FARTHEST_BLOCK points.
 Accumulator: float32. float32 products: three TF32 products ("tf32x3") on NVIDIA, true float32 on AMD.
@@ -15,6 +17,10 @@ Ladder, predicted for one H100 from the compiled kernel, n = 1,000,000, d = 1,02
     2026-11-26  tile 128 x 128, 8 warps                                    -           0.970 ms   cache-bound
     2026-11-26  4 warps, two programs overlap                              -           0.886 ms   cache-bound
     2026-11-26  tile 128 x 256, 8 warps: a third fewer bytes a flop        -           0.709 ms   cache-bound
+B200, 1,024 centres, bfloat16 (floor 0.930 ms) and float32 (5.58 ms)
+    2026-11-26  tile 128 x 256 and 128 x 128                               1.554 ms    9.060 ms
+    2026-11-27  (128 + 128) x 256 and x 128, least distance at tile's end  1.077 ms, spills 200 bytes
+    2026-11-27  the same, products start from -|c|^2 / 2                   1.079 ms    7.587 ms, nothing spills
 """
 
 import torch
@@ -27,34 +33,35 @@ from fastsel.kernels._runtime.triton_launch import Launch, Programs, Work, no_de
 from fastsel.kernels.k_center.api import FARTHEST_BLOCK
 
 FEW_CENTRES = 64  # up to here one narrow tile holds all centres
-# (architecture, bytes of an element, variant): BLOCK_N, BLOCK_B, BLOCK_D, num_warps, num_stages, float32 products
-# BLOCK_N is FARTHEST_BLOCK: a program names the farthest of its points. "few": at most FEW_CENTRES centres; "many";
+# (architecture, bytes of an element, variant):
+#     BLOCK_N, MORE_N, BLOCK_B, BLOCK_D, num_warps, num_stages, float32 products
+# BLOCK_N is FARTHEST_BLOCK, MORE_N 0 or the same. "few": at most FEW_CENTRES centres; "many";
 # "unaligned": rows are no multiple of 16 elements.
 LAUNCH_TABLE = {
-    ("sm_80", 2, "few"): (128, 64, 64, 4, 3, "ieee"),
-    ("sm_80", 2, "many"): (128, 128, 64, 8, 3, "ieee"),
-    ("sm_80", 2, "unaligned"): (128, 64, 32, 4, 2, "ieee"),
-    ("sm_80", 4, "few"): (128, 32, 32, 4, 3, "tf32x3"),
-    ("sm_80", 4, "many"): (128, 32, 32, 4, 3, "tf32x3"),
-    ("sm_80", 4, "unaligned"): (128, 32, 32, 8, 2, "tf32x3"),
-    ("sm_90", 2, "few"): (128, 64, 64, 4, 4, "ieee"),
-    ("sm_90", 2, "many"): (128, 256, 64, 8, 3, "ieee"),
-    ("sm_90", 2, "unaligned"): (128, 64, 32, 4, 2, "ieee"),
-    ("sm_90", 4, "few"): (128, 64, 32, 8, 3, "tf32x3"),
-    ("sm_90", 4, "many"): (128, 64, 32, 8, 3, "tf32x3"),
-    ("sm_90", 4, "unaligned"): (128, 64, 32, 8, 2, "tf32x3"),
-    ("sm_100", 2, "few"): (128, 64, 64, 4, 4, "ieee"),
-    ("sm_100", 2, "many"): (128, 256, 64, 8, 3, "ieee"),
-    ("sm_100", 2, "unaligned"): (128, 64, 32, 4, 2, "ieee"),
-    ("sm_100", 4, "few"): (128, 64, 32, 4, 3, "tf32x3"),
-    ("sm_100", 4, "many"): (128, 128, 32, 8, 3, "tf32x3"),
-    ("sm_100", 4, "unaligned"): (128, 64, 32, 8, 2, "tf32x3"),
-    ("gfx942", 2, "few"): (128, 64, 64, 4, 2, "ieee"),
-    ("gfx942", 2, "many"): (128, 128, 64, 8, 2, "ieee"),
-    ("gfx942", 2, "unaligned"): (128, 64, 32, 4, 2, "ieee"),
-    ("gfx942", 4, "few"): (128, 64, 32, 4, 2, "ieee"),
-    ("gfx942", 4, "many"): (128, 128, 32, 8, 2, "ieee"),
-    ("gfx942", 4, "unaligned"): (128, 64, 32, 4, 2, "ieee"),
+    ("sm_80", 2, "few"): (128, 0, 64, 64, 4, 3, "ieee"),
+    ("sm_80", 2, "many"): (128, 0, 128, 64, 8, 3, "ieee"),
+    ("sm_80", 2, "unaligned"): (128, 0, 64, 32, 4, 2, "ieee"),
+    ("sm_80", 4, "few"): (128, 0, 32, 32, 4, 3, "tf32x3"),
+    ("sm_80", 4, "many"): (128, 0, 32, 32, 4, 3, "tf32x3"),
+    ("sm_80", 4, "unaligned"): (128, 0, 32, 32, 8, 2, "tf32x3"),
+    ("sm_90", 2, "few"): (128, 0, 64, 64, 4, 4, "ieee"),
+    ("sm_90", 2, "many"): (128, 0, 256, 64, 8, 3, "ieee"),
+    ("sm_90", 2, "unaligned"): (128, 0, 64, 32, 4, 2, "ieee"),
+    ("sm_90", 4, "few"): (128, 0, 64, 32, 8, 3, "tf32x3"),
+    ("sm_90", 4, "many"): (128, 0, 64, 32, 8, 3, "tf32x3"),
+    ("sm_90", 4, "unaligned"): (128, 0, 64, 32, 8, 2, "tf32x3"),
+    ("sm_100", 2, "few"): (128, 0, 64, 64, 4, 4, "ieee"),
+    ("sm_100", 2, "many"): (128, 128, 256, 32, 8, 4, "ieee"),
+    ("sm_100", 2, "unaligned"): (128, 0, 64, 32, 4, 2, "ieee"),
+    ("sm_100", 4, "few"): (128, 0, 64, 32, 4, 3, "tf32x3"),
+    ("sm_100", 4, "many"): (128, 128, 128, 32, 8, 3, "tf32x3"),
+    ("sm_100", 4, "unaligned"): (128, 0, 64, 32, 8, 2, "tf32x3"),
+    ("gfx942", 2, "few"): (128, 0, 64, 64, 4, 2, "ieee"),
+    ("gfx942", 2, "many"): (128, 0, 128, 64, 8, 2, "ieee"),
+    ("gfx942", 2, "unaligned"): (128, 0, 64, 32, 4, 2, "ieee"),
+    ("gfx942", 4, "few"): (128, 0, 64, 32, 4, 2, "ieee"),
+    ("gfx942", 4, "many"): (128, 0, 128, 32, 8, 2, "ieee"),
+    ("gfx942", 4, "unaligned"): (128, 0, 64, 32, 4, 2, "ieee"),
 }
 
 
@@ -62,26 +69,28 @@ LAUNCH_TABLE = {
 def nearest_kernel(
     points_ptr, centres_ptr, nearest_ptr, rows_ptr, point_sqnorms_ptr, centre_sqnorms_ptr, out_ptr, farthest_ptr,
     M, B, D, stride_points_n, stride_points_d, stride_centres_b, stride_centres_d,
-    BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, MORE_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """This program finds the nearest centre's squared distance for BLOCK_N points, and which of them is farthest."""
-    block = tl.program_id(0).to(tl.int64)
+    """This program finds the nearest centre's squared distance of BLOCK_N + MORE_N points, and the farthest of each."""
+    block = tl.program_id(0).to(tl.int64) * (1 + MORE_N // BLOCK_N)
     at = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Points and centres past the end read the last one again: the inner loop then needs no mask for them.
-    safe_at = tl.minimum(at, M - 1)
-    if rows_ptr is not None:
-        point = tl.load(rows_ptr + safe_at)
-    else:
-        point = safe_at
     in_d = tl.arange(0, BLOCK_D)
-    points_at = points_ptr + point[:, None] * stride_points_n + in_d[None, :] * stride_points_d  # [BLOCK_N, BLOCK_D]
+    point, points_at = _rows_of(points_ptr, rows_ptr, at, in_d, M, stride_points_n, stride_points_d)
     least = tl.full([BLOCK_N], float("inf"), tl.float32)
+    if MORE_N > 0:
+        more_at = at + BLOCK_N
+        more_point, more_points_at = _rows_of(points_ptr, rows_ptr, more_at, in_d, M, stride_points_n, stride_points_d)
+        more_least = least
     for b0 in range(0, B, BLOCK_B):
         # A centre that is read twice changes no minimum, so that columns past the end need no mask either.
         centre = tl.minimum(b0 + tl.arange(0, BLOCK_B), B - 1).to(tl.int64)
         centres_at = centres_ptr + centre[:, None] * stride_centres_b + in_d[None, :] * stride_centres_d
-        product = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+        # p . c - |c|^2 / 2, of which the largest is the nearest's: no vector of norms is left for the tile's end.
+        half_norms = tl.load(centre_sqnorms_ptr + centre) * -0.5
+        product = tl.zeros([BLOCK_N, BLOCK_B], tl.float32) + half_norms[None, :]
+        if MORE_N > 0:
+            more_product = tl.zeros([MORE_N, BLOCK_B], tl.float32) + half_norms[None, :]
         for d0 in range(0, D, BLOCK_D):
             if EVEN_D:
                 x = tl.load(points_at + d0 * stride_points_d)
@@ -90,18 +99,42 @@ def nearest_kernel(
                 x = tl.load(points_at + d0 * stride_points_d, mask=(in_d + d0 < D)[None, :], other=0.0)
                 c = tl.load(centres_at + d0 * stride_centres_d, mask=(in_d + d0 < D)[None, :], other=0.0)
             product = tile_product(x, tl.trans(c), product, PRECISION)
-        norms = tl.load(centre_sqnorms_ptr + centre)
-        least = tl.minimum(least, tl.min(norms[None, :] - 2.0 * product, axis=1))
+            if MORE_N > 0:
+                if EVEN_D:
+                    y = tl.load(more_points_at + d0 * stride_points_d)
+                else:
+                    y = tl.load(more_points_at + d0 * stride_points_d, mask=(in_d + d0 < D)[None, :], other=0.0)
+                more_product = tile_product(y, tl.trans(c), more_product, PRECISION)
+        least = tl.minimum(least, -2.0 * tl.max(product, axis=1))
+        if MORE_N > 0:
+            more_least = tl.minimum(more_least, -2.0 * tl.max(more_product, axis=1))
+    _write(point, at, least, block, nearest_ptr, point_sqnorms_ptr, out_ptr, farthest_ptr, M)
+    if MORE_N > 0:
+        _write(more_point, more_at, more_least, block + 1, nearest_ptr, point_sqnorms_ptr, out_ptr, farthest_ptr, M)
 
+
+@triton.jit
+def _rows_of(points_ptr, rows_ptr, at, in_d, M, stride_points_n, stride_points_d):
+    """The points at these places, and where their first features lie."""
+    # Points past the end read the last one again: the inner loop then needs no mask for them.
+    point = tl.minimum(at, M - 1)
+    if rows_ptr is not None:
+        point = tl.load(rows_ptr + point)
+    return point, points_ptr + point[:, None] * stride_points_n + in_d[None, :] * stride_points_d
+
+
+@triton.jit
+def _write(point, at, least, block, nearest_ptr, point_sqnorms_ptr, out_ptr, farthest_ptr, M):
+    """Squared distances of one block of points, and the place of the largest."""
     square = tl.maximum(tl.load(point_sqnorms_ptr + point) + least, 0.0)
     if nearest_ptr is not None:
-        square = tl.minimum(square, tl.load(nearest_ptr + safe_at))
+        square = tl.minimum(square, tl.load(nearest_ptr + tl.minimum(at, M - 1)))
     live = at < M
     tl.store(out_ptr + at, square, mask=live)
-    places = tl.arange(0, BLOCK_N)
+    places = tl.arange(0, at.shape[0])
     best = tl.max(tl.where(live, square, -1.0), axis=0)
-    first = tl.min(tl.where(live & (square == best), places, BLOCK_N - 1), axis=0)  # ties: the first
-    tl.store(farthest_ptr + block, block * BLOCK_N + first)
+    first = tl.min(tl.where(live & (square == best), places, at.shape[0] - 1), axis=0)  # ties: the first
+    tl.store(farthest_ptr + block, block * at.shape[0] + first, mask=block * at.shape[0] < M)
 
 
 def unsupported(
@@ -137,13 +170,13 @@ def plan(
     is_unaligned = any(x.shape[1] % 16 or x.stride(0) % 16 or x.stride(1) != 1 for x in (points, centres))
     variant = "unaligned" if is_unaligned else "few" if b <= FEW_CENTRES else "many"
     key = (architecture, points.element_size(), variant)
-    block_n, block_b, block_d, num_warps, num_stages, precision = LAUNCH_TABLE[key]
+    block_n, more_n, block_b, block_d, num_warps, num_stages, precision = LAUNCH_TABLE[key]
     blocks = triton.cdiv(m, FARTHEST_BLOCK)
     out = points.new_empty(m, dtype=torch.float32)
     farthest = points.new_empty(blocks, dtype=torch.int64)
     launch = Launch(
         nearest_kernel,
-        (blocks,),
+        (triton.cdiv(blocks, 1 + more_n // block_n),),
         {"points_ptr": points, "centres_ptr": centres}
         | {"nearest_ptr": None if nearest is None else nearest.contiguous()}
         | {"rows_ptr": None if rows is None else rows.contiguous()}
@@ -151,7 +184,7 @@ def plan(
         | {"out_ptr": out, "farthest_ptr": farthest, "M": m, "B": b, "D": d}
         | {"stride_points_n": points.stride(0), "stride_points_d": points.stride(1)}
         | {"stride_centres_b": centres.stride(0), "stride_centres_d": centres.stride(1)},
-        {"BLOCK_N": block_n, "BLOCK_B": block_b, "BLOCK_D": block_d}
+        {"BLOCK_N": block_n, "MORE_N": more_n, "BLOCK_B": block_b, "BLOCK_D": block_d}
         | {"EVEN_D": d % block_d == 0, "PRECISION": precision},
         {"num_warps": num_warps, "num_stages": num_stages},
     )
@@ -165,8 +198,8 @@ def work(launch: Launch, m: int, b: int, d: int) -> Work:
     inner, outer = triton.cdiv(d, c["BLOCK_D"]), triton.cdiv(b, c["BLOCK_B"])
     return Work(
         programs=[Programs(launch.grid[0], (inner * outer,), outer)],
-        flops=products * 2 * c["BLOCK_N"] * c["BLOCK_B"] * c["BLOCK_D"],
-        cache_bytes=(c["BLOCK_N"] + c["BLOCK_B"]) * c["BLOCK_D"] * itemsize,
+        flops=products * 2 * (c["BLOCK_N"] + c["MORE_N"]) * c["BLOCK_B"] * c["BLOCK_D"],
+        cache_bytes=(c["BLOCK_N"] + c["MORE_N"] + c["BLOCK_B"]) * c["BLOCK_D"] * itemsize,
         matrix_units="16-bit" if itemsize == 2 else "tf32",
         needed_flops=products * 2 * m * b * d,
         needed_exponentials=0,

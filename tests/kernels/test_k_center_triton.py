@@ -52,10 +52,10 @@ def compare(inputs):
     return got
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
+@pytest.fixture(params=[0, 128], ids=["block", "two_blocks"])
+def small_tiles(monkeypatch, request):
     """Few centres a tile and few features a step: many passes in a small case."""
-    table = {key: (128, 16, 16, 4, 2, "ieee") for key in kernel.LAUNCH_TABLE}
+    table = {key: (128, request.param, 16, 16, 4, 2, "ieee") for key in kernel.LAUNCH_TABLE}
     monkeypatch.setattr(kernel, "LAUNCH_TABLE", table)
 
 
@@ -141,8 +141,8 @@ def test_machine_code_of_every_entry(key, rows):
     architecture, itemsize, variant = key
     b, d = (40 if variant == "few" else 256), (77 if variant == "unaligned" else 1024)
     launch = launch_of(architecture, DTYPES[itemsize], b=b, d=d, rows=rows, begun=not rows)
-    blocks = tuple(launch.constants[name] for name in ("BLOCK_N", "BLOCK_B", "BLOCK_D"))
-    assert blocks == kernel.LAUNCH_TABLE[key][:3] and blocks[0] == 128
+    blocks = tuple(launch.constants[name] for name in ("BLOCK_N", "MORE_N", "BLOCK_B", "BLOCK_D"))
+    assert blocks == kernel.LAUNCH_TABLE[key][:4] and blocks[0] == 128
     assert_sound(launch, architecture, allowed=["narrow loads"] if variant == "unaligned" else [])
 
 
@@ -160,7 +160,8 @@ def test_machine_code_of_masked_features_and_sizes_of_one(architecture):
 PREDICTED = [
     ("A100", torch.bfloat16, 64, 1.05), ("A100", torch.bfloat16, 256, 1.15), ("A100", torch.float32, 256, 1.05),
     ("H100", torch.bfloat16, 64, 1.05), ("H100", torch.bfloat16, 256, 1.2), ("H100", torch.float32, 256, 1.1),
-    ("B200", torch.bfloat16, 64, 1.05), ("B200", torch.bfloat16, 256, 1.6), ("B200", torch.float32, 64, 1.3),
+    ("B200", torch.bfloat16, 64, 1.05), ("B200", torch.bfloat16, 256, 1.15), ("B200", torch.float32, 64, 1.3),
+    ("B200", torch.bfloat16, 1024, 1.2), ("B200", torch.float32, 1024, 1.4),
 ]  # fmt: skip
 
 
