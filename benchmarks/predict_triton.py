@@ -149,6 +149,23 @@ def lora_module(chip: Chip, mode: str) -> tuple[dict[str, float], float]:
     return dict(seconds), max(flops / rate, n_bytes / chip.memory_bytes_s)
 
 
+def less_hours(chip: Chip, share_of_peak: float) -> dict[str, float]:
+    """Predicted hours of each step of LESS's gradient features with Llama-2-7B, r = 128: all rows and checkpoints."""
+    rows, peak = LESS_ROWS * LESS_CHECKPOINTS, chip.matrix_flops["16-bit"] * chip.multiprocessors * chip.clock_hz
+    an_example = LORA_MODULES / LORA[0]
+    hours = {f"forward and backward at {100 * share_of_peak:.0f} % of peak": PASS_FLOPS / (share_of_peak * peak)}
+    for mode, what in (("direct", "gradients, Adam's step, 16 targets"), ("sketch", "gradients, Adam's step, SJLT")):
+        parts, floor = lora_module(chip, mode)
+        hours[what] = sum(parts.values()) * an_example
+        hours[f"{what}: floor"] = floor * an_example
+    for dtype in (torch.bfloat16, torch.float32):
+        launch = projection_launch(chip.architecture, dtype, "rademacher")
+        code = machine_code(compile_launch(launch, chip.architecture), chip.architecture)
+        seconds = predict(code, projection.work(launch, PROJECTED, ADAPTERS, PROJECTION_K), chip).seconds
+        hours[f"dense signs in place of SJLT, {str(dtype).removeprefix('torch.')}"] = seconds / PROJECTED
+    return {what: rows * seconds / 3600 for what, seconds in hours.items()}
+
+
 def projection_launch(architecture: str, dtype: torch.dtype, kind: str) -> Launch:
     """One call of random_projection's kernel that reads x."""
     out = meta(PROJECTED, PROJECTION_K, dtype=torch.float32)
@@ -267,6 +284,11 @@ def main() -> None:
                 hours = LESS_ROWS * LESS_CHECKPOINTS * (seconds + both) / 3600
                 print(f"| {mode} | {name} | {1e3 * seconds:.2f} ms | {1e3 * floor:.2f} ms | {of_it} "
                       f"| {100 * seconds / both:.1f} % | {hours:.1f} h |", flush=True)  # fmt: skip
+        print(f"\n| hours for {LESS_ROWS:,} rows of {LORA[1]} tokens at {LESS_CHECKPOINTS} checkpoints | A100 | H100 |")
+        print("| --- | --- | --- |")
+        by_chip = [less_hours(CHIPS[name], 0.4) for name in ("A100", "H100")]
+        for what in by_chip[0]:
+            print(f"| {what} | {' | '.join(f'{hours[what]:.2f}' for hours in by_chip)} |", flush=True)
     if "random_projection".startswith(wanted):
         for name, chip in CHIPS.items():
             for dtype in (torch.bfloat16, torch.float32):
