@@ -172,3 +172,16 @@ def test_union_says_how_many_each_target_chose(select, tmp_path):
     notes = json.loads((tmp_path / "out" / "manifest.json").read_text())["notes"]
     kept = sum(column(tmp_path / "out", "selected"))
     assert f"union: 2 targets with a budget each chose {kept} rows together" in notes
+
+
+def test_an_estimate_takes_the_trials_rows_of_given_gradients(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pool.jsonl").write_text("".join(f'{{"instruction": "q{i}", "output": "a"}}\n' for i in range(130)))
+    draw = np.random.default_rng(0)
+    np.save("x.npy", draw.standard_normal((130, 8)))
+    np.save("t.npy", draw.standard_normal((5, 8)))
+    words = ["select", "g2is", "--pool", "pool.jsonl", "--target-gradients", "t.npy", "--dry-run", "--gradients"]
+    assert main([*words, "x.npy"]) == 0
+    assert "130 rows" in capsys.readouterr().out
+    assert main([*words, "nothing.npy"]) == 2
+    assert "gradients nothing.npy cannot be read" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import logging
 import resource
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,11 +106,11 @@ def estimate(config: Config, *, progress: str = "auto") -> Estimate:
             few = open_pool(
                 pool.write_rows(trial_rows[:_WARM_UP_ROWS], Path(folder) / "few"), **pool.options, progress="none"
             )
-            _try(config, few, loaded, None, None, "none")
+            _try(config, few, loaded, {}, None, "none")
         trial = open_pool(pool.write_rows(trial_rows, Path(folder) / "trial"), **pool.options, progress="none")
         started = time.perf_counter()
-        matrix = _rows_of_matrix(config, trial_rows)
-        selection = _try(config, trial, loaded, matrix, Path(folder) / "features", progress)
+        given = {name: _rows_of_matrix(config, name, trial_rows) for name in ("encoder", "gradients")}
+        selection = _try(config, trial, loaded, given, Path(folder) / "features", progress)
         trial_seconds = time.perf_counter() - started
         feature_bytes = _bytes_under(Path(folder) / "features")
         trial_bytes = sum(path.stat().st_size for path in Path(folder).glob("trial*") if path.is_file())
@@ -160,26 +161,35 @@ def _load(config: Config) -> Any:
     return load_model(values["model"], device=values["device"], dtype=values["dtype"])
 
 
-def _try(config: Config, trial: "Pool", loaded: Any, matrix: Any, store: Path | None, progress: str) -> "Selection":
+def _try(
+    config: Config, trial: "Pool", loaded: Any, given: Mapping[str, Any], store: Path | None, progress: str
+) -> "Selection":
     values = config.values | {"budget": "1.0", "per": None, "engine": "local", "workers": None, "ray_address": None}
     if loaded is not None:
         values["model" if values.get("encoder") is None else "encoder"] = loaded
-    elif matrix is not None:
-        values["encoder"] = matrix
+    values |= {name: matrix for name, matrix in given.items() if matrix is not None}
     whole = Config(config.command, config.method, values, config.given)
     return compute(whole, trial, store=store, progress=progress)
 
 
-def _rows_of_matrix(config: Config, rows: NDArray[np.int64]) -> NDArray[Any] | None:
+def _rows_of_matrix(config: Config, name: str, rows: NDArray[np.int64]) -> NDArray[Any] | None:
     """The trial's rows of a matrix of the user's, if there is one; its own checks see the rest in the run."""
-    path = config.values.get("encoder")
-    if path is None or not path.endswith(".npy"):
+    path = config.values.get(name)
+    if path is None or (name == "encoder" and not path.endswith(".npy")):
         return None
     try:
-        matrix: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        if path.endswith(".npy"):
+            matrix: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        else:
+            from fastsel.features.gradient_files import read_gradient_file
+
+            matrix = read_gradient_file(path).matrix
         return np.array(matrix[rows])
+    except InputError:
+        raise
     except (OSError, ValueError, IndexError) as error:
-        raise InputError(f"embeddings {path} cannot be read: {error}") from error
+        what = "embeddings" if name == "encoder" else name
+        raise InputError(f"{what} {path} cannot be read: {error}") from error
 
 
 def _share_kept(config: Config, pool: "Pool") -> float:

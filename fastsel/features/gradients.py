@@ -162,6 +162,7 @@ def lora_gradients(
     store: Any = None,
     executor: Executor | None = None,
     progress: str = "auto",
+    description: str = "taking gradients",
 ) -> LoraGradients:
     """Gradient features of every usable row.
 
@@ -178,7 +179,7 @@ def lora_gradients(
         forward: the model's LoraForward, where one was made before; it is made here otherwise.
         store: a folder that keeps finished shards, so that the same call goes on after an interruption; or None.
         executor: where shards run (see fastsel.executors); None runs them here, one after another.
-        progress: see progress_bar; counts tokens.
+        progress, description: see progress_bar; counts tokens.
 
     Raises:
         UsageError: an unknown option value, or moments or targets that do not fit the adapter.
@@ -215,7 +216,7 @@ def lora_gradients(
     run = run_shards(
         pool, tokenise, working, lambda shard, records: parts.append((shard, records)),
         fingerprint={**feature, **options}, store=store, executor=executor, progress=progress,
-        description="taking gradients",
+        description=description,
     )  # fmt: skip
     parts.sort(key=lambda part: part[0].start)
     gradients = _collect(pool, parts, rule, forward.n_parameters, max_length)

@@ -318,7 +318,7 @@ def influence(
     trak = sketch_size if mode == "trak" else None
     total = np.zeros(())
     timings: dict[str, float] = {}
-    for checkpoint, weight in zip(run, weights, strict=True):
+    for number, (checkpoint, weight) in enumerate(zip(run, weights, strict=True), 1):
         with running(checkpoint, base, one_dtype=mode == "trak") as state:
             started = time.perf_counter()
             wanted = target_directions(
@@ -330,7 +330,7 @@ def influence(
                 pool, state.loaded, forward=state.forward, template=template, max_length=max_length, step="adam",
                 moments=state.moments, targets=wanted.vectors if mode == "direct" else None, sketch=sketch, trak=trak,
                 store=store and Path(store) / f"checkpoint-{checkpoint.step}", implementation=implementation,
-                progress=progress, **options,
+                progress=progress, description=f"taking gradients at checkpoint {number} of {len(run)}", **options,
             )  # fmt: skip
             total = total + weight * _products(gradients, wanted.vectors, base.dtype)
             for step, seconds in {"targets": asked, **gradients.timings}.items():
