@@ -50,7 +50,7 @@ def choose(words, pool, targets, work, budget):
         return [fastsel.random(pool, budget=budget, **given).indices] * len(targets)
     if name == "less":
         scored = fastsel.less(pool, target=targets, budget=budget, **given)
-        columns = [scored.metrics[f"less_{Path(target).stem}"] for target in targets]
+        columns = [scored.metrics[f"infl_{Path(target).stem}"] for target in targets]
         return [top_k(column, len(scored), eligible=scored.eligible)[0] for column in columns]
     return [getattr(fastsel, name)(pool, target=target, budget=budget, **given).indices for target in targets]
 

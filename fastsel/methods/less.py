@@ -77,7 +77,7 @@ def less(
             executor, progress: see lora_gradients.
 
     Returns:
-        Selection with a metric for each subtask, `less_<subtask>`.
+        Selection with a metric for each subtask, `infl_<subtask>`.
 
     Raises:
         UsageError, InputError: an option has no such value; the pool, the target, the model or the store is unusable.
@@ -107,7 +107,7 @@ def less(
     return build_selection(
         pool=pool, method="less", indices=indices, eligible=eligible, scores=scores_nt.max(axis=1),
         status=gradients.status, reasons=gradients.reasons,
-        n_tokens=gradients.n_tokens, metrics={f"less_{name}": column for name, column in helped.by_subtask.items()},
+        n_tokens=gradients.n_tokens, metrics={f"infl_{name}": column for name, column in helped.by_subtask.items()},
         config={"mode": mode, "aggregation": aggregation, "eps_mode": eps_mode, "combine": combine, "per": per,
                 "max_length": setup.max_length, "drop_leaks": drop_leaks, "budget": str(budget)},
         notes=[*helped.notes, setup.note(helped.uses), setup.sought.leaks.note,

@@ -121,7 +121,13 @@ def _target(selection: Selection) -> dict[str, Any] | None:
     targets = selection.provenance.get("targets")
     if not targets:
         return None
-    named = {name: values for name, values in selection.metrics.items() if name.startswith(f"{selection.method}_")}
+    prefixes = ("infl_", f"{selection.method}_")
+    named = {
+        name.removeprefix(prefix): values
+        for name, values in selection.metrics.items()
+        for prefix in prefixes
+        if name.startswith(prefix)
+    }
     rows = {"pool": np.arange(len(selection.scores)), "kept": selection.indices, "random": selection.baseline}
     first = np.zeros(0, np.int64)  # of each chosen row the subtask that it scores highest for
     if named and len(selection):
@@ -129,8 +135,8 @@ def _target(selection: Selection) -> dict[str, Any] | None:
     subtasks = []
     for target in targets:
         for name, n in target["subtasks"].items():
-            values = named.get(f"{selection.method}_{name}")
-            place = list(named).index(f"{selection.method}_{name}") if values is not None else -1
+            values = named.get(name)
+            place = list(named).index(name) if values is not None else -1
             subtasks.append(
                 {"target": _printable(target["name"]), "name": _printable(name), "rows": n,
                  "best_of": None if values is None else int(np.count_nonzero(first == place)),

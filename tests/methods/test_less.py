@@ -171,7 +171,7 @@ def test_a_row_counts_by_its_best_subtask_and_each_target_has_its_own():
 def test_matches_the_transcription(pool, target, run, aggregation, eps_mode):
     expected = naive(pool, target, run, aggregation=aggregation, eps_mode=eps_mode)
     got = choose(pool, target, run, aggregation=aggregation, eps_mode=eps_mode)
-    ours = np.stack([got.metrics[f"less_{task}"] for task in "abc"], axis=1)
+    ours = np.stack([got.metrics[f"infl_{task}"] for task in "abc"], axis=1)
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
     best = expected.max(axis=1)
     np.testing.assert_allclose(got.scores, best, rtol=1e-5, atol=1e-6)
@@ -227,7 +227,7 @@ def test_a_store_of_sketches_serves_another_target(tmp_path, pool, target, run, 
 def test_several_targets_take_turns_or_take_a_budget_each(pool, target, run):
     targets = {"first": target[:3], "second": target[3:]}
     both = choose(pool, targets, run, subtask_column=None)
-    scores = np.stack([both.metrics["less_first"], both.metrics["less_second"]], axis=1)[:14]
+    scores = np.stack([both.metrics["infl_first"], both.metrics["infl_second"]], axis=1)[:14]
     first, second = (np.argsort(-scores[:, t], kind="stable") for t in (0, 1))
     assert both.indices[0] == first[0]
     assert both.indices[1] == next(row for row in second if row != first[0])
@@ -235,7 +235,7 @@ def test_several_targets_take_turns_or_take_a_budget_each(pool, target, run):
     union = choose(pool, targets, run, subtask_column=None, combine="union")
     assert set(union.indices) == set(first[:4]) | set(second[:4])
     alone = choose(pool, targets["second"], run, subtask_column=None)
-    np.testing.assert_allclose(alone.scores, both.metrics["less_second"], rtol=1e-12)
+    np.testing.assert_allclose(alone.scores, both.metrics["infl_second"], rtol=1e-12)
 
 
 def test_it_warms_up_by_itself_and_goes_on(tmp_path, pool, target):

@@ -35,7 +35,7 @@ def selection(*, metrics=True, leaks=True, **more):
     status = np.array([0, 0, 0, 0, 0, 2], np.uint8)
     given = {
         "pool": pool, "method": "less", "indices": np.array([0, 1, 2]), "scores": np.fmax(a, b), "status": status,
-        "reasons": {}, "n_tokens": None, "metrics": {"less_a": a, "less_b": b} if metrics else {}, "config": {},
+        "reasons": {}, "n_tokens": None, "metrics": {"infl_a": a, "infl_b": b} if metrics else {}, "config": {},
         "timings": {}, "seed": 0, "notes": [], "budget": 3, "per": None, "provenance": provenance,
     }  # fmt: skip
     return build_selection(**(given | more))
