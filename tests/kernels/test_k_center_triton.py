@@ -52,7 +52,7 @@ def compare(inputs):
     return got
 
 
-@pytest.fixture(params=[0, 128], ids=["block", "two_blocks"])
+@pytest.fixture(params=[pytest.param(0, marks=pytest.mark.slow), pytest.param(128, marks=pytest.mark.slow), 256])
 def small_tiles(monkeypatch, request):
     """Few centres a tile and few features a step: many passes in a small case."""
     table = {key: (128, request.param, 16, 16, 4, 2, "ieee") for key in kernel.LAUNCH_TABLE}
@@ -159,7 +159,8 @@ def test_machine_code_of_masked_features_and_sizes_of_one(architecture):
 # Most that a prediction may exceed the floor; what lies above 1.3 has its reason in docs/measured.md.
 PREDICTED = [
     ("A100", torch.bfloat16, 64, 1.05), ("A100", torch.bfloat16, 256, 1.15), ("A100", torch.float32, 256, 1.05),
-    ("H100", torch.bfloat16, 64, 1.05), ("H100", torch.bfloat16, 256, 1.2), ("H100", torch.float32, 256, 1.1),
+    ("H100", torch.bfloat16, 64, 1.05), ("H100", torch.bfloat16, 256, 1.1), ("H100", torch.bfloat16, 1024, 1.25),
+    ("H100", torch.float32, 256, 1.1),
     ("B200", torch.bfloat16, 64, 1.05), ("B200", torch.bfloat16, 256, 1.15), ("B200", torch.float32, 64, 1.3),
     ("B200", torch.bfloat16, 1024, 1.2), ("B200", torch.float32, 1024, 1.4),
 ]  # fmt: skip
