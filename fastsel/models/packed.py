@@ -24,7 +24,7 @@ from fastsel.models.forest import PackedBatch, filled_up, pack
 from fastsel.models.loading import LoadedModel
 from fastsel.models.prepacked import ROWS_MULTIPLE, PrepackedLinears
 
-__all__ = ["HeadParameters", "PackedBatch", "PackedForward", "pack"]
+__all__ = ["HeadParameters", "PackedBatch", "PackedForward", "head_parameters", "pack"]
 
 ATTENTION_NAME = "fastsel_tree"
 # Attention keywords that say nothing about which keys a token sees or how they are weighed.
@@ -151,7 +151,7 @@ class PackedForward:
                 f"{loaded.name} ({type(loaded.model).__name__}) does not keep its layers apart from its head"
             )
         self.config = loaded.model.config.get_text_config()
-        self.head = _head_parameters(loaded.model, self.config)
+        self.head = head_parameters(loaded.model, self.config)
         self.one_by_one = False
         if loaded.device.type == "cpu":
             _keep_freed_memory()
@@ -347,7 +347,8 @@ def attention_switched(model: Any, name: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def _head_parameters(model: Any, config: Any) -> HeadParameters:
+def head_parameters(model: Any, config: Any) -> HeadParameters:
+    """What the model's configuration (of its text part) says of its head."""
     output = model.get_output_embeddings()
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite

@@ -325,6 +325,36 @@ def test_labelled_loss_matches_one_row_at_a_time():
     assert float(labelled_loss(Without(), torch.device("cpu"), sequences).detach()) == pytest.approx(whole, rel=1e-6)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_logits_of_long_rows_are_made_in_pieces(monkeypatch, softcap):
+    """The same loss and gradients, and nothing as wide as the vocabulary kept; whole where the head is not plain."""
+    from fastsel.models import labelled_loss as module
+
+    model, _ = tiny_pair()
+    if softcap:
+        model.config.final_logit_softcapping = softcap  # as Gemma's has it
+    draw = np.random.default_rng(1)
+    sequences = [WeightedSequence(draw.integers(0, 60, 40).tolist(), list(range(3, 40)), 0.1) for _ in range(3)]
+
+    def taken():
+        model.zero_grad()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+            loss = labelled_loss(model, torch.device("cpu"), sequences)
+        loss.backward()
+        largest = max((t.numel() for t in kept if t.ndim == 2 and t.shape[-1] == 60), default=0)
+        return float(loss.detach()), model.model.layers[0].self_attn.q_proj.weight.grad.clone(), largest
+
+    whole, gradient, largest = taken()
+    assert largest == 3 * 37 * 60
+    monkeypatch.setattr(module, "WHOLE_BYTES", 16 * 60 * 10)  # ten rows a piece
+    in_pieces, same_gradient, largest = taken()
+    assert in_pieces == pytest.approx(whole, rel=1e-6)
+    torch.testing.assert_close(same_gradient, gradient, rtol=1e-4, atol=1e-7)
+    assert largest == (3 * 37 * 60 if softcap else 0)
+    assert "forward" not in vars(model.lm_head)
+
+
 @pytest.mark.slow
 def test_bundled_model_warms_up_and_is_found_again(tmp_path):
     """SmolLM2-135M on a handful of real rows; the adapter names its base, so that nothing else is needed to load it."""
