@@ -9,7 +9,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
-from fastsel.features.answer_tokens import FITS, NO_ANSWER, NOT_FINITE
+from fastsel.features.answer_tokens import NOT_FINITE
 from fastsel.features.batches import ROWS_AT_ONCE, Shard
 from fastsel.features.training_rows import TrainingRow, TrainingTokenizer
 from fastsel.kernels.lora_gradient_sketch import AdamStep, SketchSpec, lora_gradient_sketch
@@ -124,8 +124,7 @@ class GradientWorker:
         for examples in self.pool.chunks(shard.start, shard.stop, rows=ROWS_AT_ONCE):
             for row in self.tokenise(examples):
                 place = row.row_id - shard.start
-                is_empty = row.why == FITS and not row.sequences
-                records["n_tokens"][place], records["why"][place] = row.n_tokens, NO_ANSWER if is_empty else row.why
+                records["n_tokens"][place], records["why"][place] = row.n_tokens, row.why
                 if row.sequences:
                     records["row"][place] = np.frombuffer(_name(row), "<u8")
                     usable.append(row)

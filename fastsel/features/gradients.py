@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 import fastsel
 from fastsel.errors import UsageError
 from fastsel.features.answer_scorer import torch_build
-from fastsel.features.answer_tokens import FITS, OVERFLOW, REASONS, TURNS, WITH_SCORE
+from fastsel.features.answer_tokens import OVERFLOW, TURNS
 from fastsel.features.batches import Shard
 from fastsel.features.gradient_rows import (
     EPS_MODES,
@@ -32,7 +32,8 @@ from fastsel.features.gradient_rows import (
 from fastsel.features.less_official import BLOCK_SIZE, SEED, OfficialWorker
 from fastsel.features.shard_runs import Executor, OnTokens, run_shards
 from fastsel.features.training_rows import TrainingTokenizer
-from fastsel.io.examples import OK, SKIPPED, TRUNCATED
+from fastsel.features.verdicts import verdicts
+from fastsel.io.examples import SKIPPED, TRUNCATED
 from fastsel.io.row_reasons import RowReasons
 from fastsel.io.templates import Template
 from fastsel.kernels._runtime.dispatch import recording
@@ -327,11 +328,7 @@ def _collect(
     n = len(pool)
     if not parts:
         held = {name: np.zeros((0, 2) if name == "row" else 0) for name in RECORDS[:5]}
-    usable = pool.status == OK
-    has = usable & np.isin(held["why"], WITH_SCORE)
-    status = np.array(pool.status, dtype=np.uint8)
-    status[usable & (held["why"] != FITS)] = SKIPPED
-    status[has & (held["why"] != FITS)] = TRUNCATED
+    has, status, reasons = verdicts(pool, held["why"], max_length)
     # Equal rows of different shards were in different batches, whose last bits may differ.
     source = np.arange(n)
     rows = np.flatnonzero(has)
@@ -339,7 +336,6 @@ def _collect(
         _, first, which = np.unique(held["row"][rows], axis=0, return_index=True, return_inverse=True)
         source[rows] = rows[first[which.reshape(-1)]]
     nan = np.where(has, 0.0, np.nan)
-    texts = [text and text.format(max_length=max_length) for text in REASONS]
     dots = None
     if rule.targets is not None:
         dots = held["dots"][source] + nan[:, None]
@@ -349,7 +345,7 @@ def _collect(
         dots=dots,
         n_tokens=held["n_tokens"].astype(np.int32),
         status=status,
-        reasons=RowReasons(pool, np.where(usable, held["why"], FITS), texts),
+        reasons=reasons,
         first_equal=source,
         n_parameters=p,
         tokens=0,

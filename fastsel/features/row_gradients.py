@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 import fastsel
 from fastsel.errors import InputError, UsageError
 from fastsel.features.answer_scorer import torch_build
-from fastsel.features.answer_tokens import FITS, NO_ANSWER, NOT_FINITE, REASONS, WITH_SCORE
+from fastsel.features.answer_tokens import NOT_FINITE, REASONS
 from fastsel.features.gradient_rows import BatchFeatures, GradientRule, batches, moved
 from fastsel.features.gradients import described_run
 from fastsel.features.kept_rewards import KeptRewards
 from fastsel.features.training_rows import TrainingTokenizer
-from fastsel.io.examples import OK, SKIPPED, TRUNCATED
+from fastsel.features.verdicts import verdicts
+from fastsel.io.examples import SKIPPED, TRUNCATED
 from fastsel.io.row_reasons import RowReasons
 from fastsel.io.templates import Template
 from fastsel.models.lora_forward import LabelledSequence, LoraForward
@@ -73,14 +74,8 @@ class RowGradients:
         why, self.n_tokens = np.zeros(n, np.uint8), np.zeros(n, np.int32)
         for examples in self.pool.chunks():
             for row in self._tokenise(examples):
-                is_empty = row.why == FITS and not row.sequences
-                why[row.row_id], self.n_tokens[row.row_id] = NO_ANSWER if is_empty else row.why, row.n_tokens
-        usable = self.pool.status == OK
-        self.status = np.array(self.pool.status, np.uint8)
-        self.status[usable & (why != FITS)] = SKIPPED
-        self.status[usable & np.isin(why, WITH_SCORE) & (why != FITS)] = TRUNCATED
-        texts = [text and text.format(max_length=self.max_length) for text in REASONS]
-        self.reasons = RowReasons(self.pool, np.where(usable, why, FITS), texts)
+                why[row.row_id], self.n_tokens[row.row_id] = row.why, row.n_tokens
+        _, self.status, self.reasons = verdicts(self.pool, why, self.max_length)
         described = described_run(
             self.forward, self.rule, self.template, max_length=self.max_length, overflow=self.overflow,
             turns=self.turns, batch_tokens=self.batch_tokens or BATCH_TOKENS, implementation=self.implementation,

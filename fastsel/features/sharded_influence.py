@@ -21,14 +21,15 @@ from numpy.typing import NDArray
 
 import fastsel
 from fastsel.features.answer_scorer import torch_build
-from fastsel.features.answer_tokens import FITS, NO_ANSWER, NOT_FINITE, REASONS, WITH_SCORE
+from fastsel.features.answer_tokens import NOT_FINITE
 from fastsel.features.batches import ROWS_AT_ONCE, Shard
 from fastsel.features.gradient_rows import BatchFeatures, GradientRule, GradientWorker, batches
 from fastsel.features.gradients import described_run
 from fastsel.features.row_gradients import BATCH_TOKENS, DENSE_BYTES
 from fastsel.features.shard_runs import Executor, OnTokens, run_shards
 from fastsel.features.training_rows import TrainingTokenizer
-from fastsel.io.examples import OK, SKIPPED, TRUNCATED
+from fastsel.features.verdicts import verdicts
+from fastsel.io.examples import TRUNCATED
 from fastsel.io.row_reasons import RowReasons
 from fastsel.io.templates import Template
 from fastsel.models.lora_forward import LabelledSequence, LoraForward
@@ -102,8 +103,7 @@ class _Shards:
         rows = [r for e in worker.pool.chunks(shard.start, shard.stop, rows=ROWS_AT_ONCE) for r in worker.tokenise(e)]
         if records is not None:
             for row in rows:
-                is_empty = row.why == FITS and not row.sequences
-                records["why"][row.row_id - shard.start] = NO_ANSWER if is_empty else row.why
+                records["why"][row.row_id - shard.start] = row.why
                 records["n_tokens"][row.row_id - shard.start] = row.n_tokens
         for whole in batches([row for row in rows if row.sequences], worker.batch_tokens):
             for start in range(0, len(whole), most_rows):
@@ -221,8 +221,7 @@ def sharded_influences(
 
     seen: list[Shard] = []
     first = in_shards("products", _Products(shards, passes), {})
-    usable = pool.status == OK
-    has = usable & np.isin(first["why"], WITH_SCORE)
+    has, status, reasons = verdicts(pool, first["why"], max_length)
     values = np.full(len(pool), np.nan)
     if has.any():
         weights = np.zeros((len(pool), len(passes.spans), len(passes.v)))
@@ -232,11 +231,6 @@ def sharded_influences(
         sums = _summed(pool, total, seen, {**fingerprint, "damping": damping}, store, executor, progress)
         third = in_shards("influences", _Values(shards, passes, first["dots"], sums, inverse), {"damping": damping})
         values[has] = third["influence"][has]
-    status = np.array(pool.status, np.uint8)
-    status[usable & (first["why"] != FITS)] = SKIPPED
-    status[has & (first["why"] != FITS)] = TRUNCATED
-    texts = [text and text.format(max_length=max_length) for text in REASONS]
-    reasons = RowReasons(pool, np.where(usable, first["why"], FITS), texts)
     return Influences(
         values, status, reasons, first["n_tokens"].astype(np.int32),
         {"influences": time.perf_counter() - started}, {**described, "forward": forward.path},

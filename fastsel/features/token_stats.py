@@ -18,16 +18,14 @@ from fastsel.features.answer_scorer import AnswerScorer, record_dtype, torch_bui
 from fastsel.features.answer_tokens import (
     CONDITIONED,
     DIRECT,
-    FITS,
     OVERFLOW,
-    REASONS,
     TURNS,
-    WITH_SCORE,
     AnswerTokenizer,
 )
 from fastsel.features.batches import Shard
 from fastsel.features.shard_runs import Executor, OnTokens, run_shards
-from fastsel.io.examples import OK, SKIPPED, TRUNCATED
+from fastsel.features.verdicts import verdicts
+from fastsel.io.examples import SKIPPED, TRUNCATED
 from fastsel.io.row_reasons import RowReasons
 from fastsel.io.templates import Template
 from fastsel.models.loading import LoadedModel
@@ -192,13 +190,7 @@ def window_of(loaded: LoadedModel, asked: int | None, papers: int) -> int:
 
 
 def _collect(pool: "Pool", records: NDArray[Any], passes: Sequence[str], max_length: int) -> AnswerLosses:
-    usable = pool.status == OK
-    scored = usable & np.isin(records["why"], WITH_SCORE)
-    status = np.array(pool.status, dtype=np.uint8)
-    status[usable & (records["why"] != FITS)] = SKIPPED
-    status[scored & (records["why"] != FITS)] = TRUNCATED
-    texts = [text and text.format(max_length=max_length) for text in REASONS]
-    reasons = RowReasons(pool, np.where(usable, records["why"], FITS), texts)
+    scored, status, reasons = verdicts(pool, records["why"], max_length)
     return AnswerLosses(
         nll={p: np.where(scored, records[f"nll_{p}"], np.nan) for p in passes},
         n_scored={p: records[f"n_{p}"].astype(np.int32) for p in passes},

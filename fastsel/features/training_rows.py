@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastsel.features.answer_tokens import CONDITIONED, AnswerTokenizer, ScoredSequence
+from fastsel.features.answer_tokens import CONDITIONED, FITS, NO_ANSWER, AnswerTokenizer, ScoredSequence
 from fastsel.io.examples import Example
 from fastsel.io.templates import Template
 
@@ -57,10 +57,12 @@ class TrainingTokenizer:
         Raises:
             InputError: a row is longer than max_length and overflow is "error".
         """
-        return [
-            TrainingRow(row.row_id, row.n_tokens, row.why, _joined([self._labelled(s) for s in row.sequences]))
-            for row in self._tokenise(examples)
-        ]
+        found = []
+        for row in self._tokenise(examples):
+            sequences = _joined([self._labelled(s) for s in row.sequences])
+            is_empty = row.why == FITS and not sequences
+            found.append(TrainingRow(row.row_id, row.n_tokens, NO_ANSWER if is_empty else row.why, sequences))
+        return found
 
     def _labelled(self, sequence: ScoredSequence) -> tuple[list[int], list[int]]:
         ids = list(sequence.ids)

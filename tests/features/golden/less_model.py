@@ -4,23 +4,33 @@ import numpy as np
 import torch
 
 
-def tiny_adapter():
-    """Weights from numpy's legacy generator, whose stream is frozen, in the order of the parameters' names."""
+def adapted(width, vocabulary, r, *, seed, spread, **shape):
+    """A Llama of two layers with LoRA on q, k, v, o, filled in the order of the parameters' names.
+
+    Values come from numpy's legacy generator, whose stream is frozen, times spread(name, parameter).
+    """
     import peft
     import transformers
 
     config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64,
-    )  # fmt: skip
-    lora = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=2, max_position_embeddings=64, **shape
+    )
+    lora = peft.LoraConfig(r=r, lora_alpha=4 * r, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora).eval()
-    draw = np.random.RandomState(0)
+    draw = np.random.RandomState(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            values = draw.standard_normal(tuple(parameter.shape)) * (0.3 if parameter.ndim > 1 else 0.1)
+            values = draw.standard_normal(tuple(parameter.shape)) * spread(name, parameter)
             parameter.copy_(torch.from_numpy(values) + (1 if name.endswith("norm.weight") else 0))
     return model
+
+
+def tiny_adapter():
+    """Every matrix far from 0."""
+    return adapted(
+        12, 50, 2, seed=0, spread=lambda name, parameter: 0.3 if parameter.ndim > 1 else 0.1,
+        intermediate_size=20, num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
 
 
 def rows():
@@ -42,21 +52,10 @@ K, N_ROWS = 64, 24  # two groups of the projection's sixteen
 
 def warmed_up(dtype):
     """(model, exp_avg, exp_avg_sq): two layers of 32, p = 2,048, after ten steps of AdamW at LESS's rate; in a type."""
-    import peft
-    import transformers
-
-    config = transformers.LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64,
+    model = adapted(
+        32, 300, 4, seed=3, intermediate_size=64, num_attention_heads=4,
+        spread=lambda name, parameter: 0.0 if "lora_B" in name else 0.25 if "lora_A" in name else 0.02,
     )  # fmt: skip
-    lora = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
-    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora).eval()
-    draw = np.random.RandomState(3)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            spread = 0.0 if "lora_B" in name else 0.25 if "lora_A" in name else 0.02
-            values = torch.from_numpy(spread * draw.standard_normal(tuple(parameter.shape)))
-            parameter.copy_(values + (1 if name.endswith("norm.weight") else 0))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-5, weight_decay=0)
     for step in range(10):
