@@ -98,9 +98,10 @@ class Coverage:
             lists.take(left, moved[is_listed], before[is_listed], after[is_listed])
         others = moved[~is_listed]
         self.columns += len(others)
-        if len(others):
-            points = self._float32(self.points, others)
-            left -= lists.note(points, others, before[~is_listed], after[~is_listed])
+        was, now = before[~is_listed], after[~is_listed]
+        for start in range(0, len(others), BLOCK_ROWS):  # a copy of half of all rows would be as large as the rows
+            part = slice(start, start + BLOCK_ROWS)
+            left -= lists.note(self._float32(self.points, others[part]), others[part], was[part], now[part])
         return left.numpy()
 
     def passed_by(self, moved: torch.Tensor) -> int:
