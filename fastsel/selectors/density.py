@@ -79,11 +79,14 @@ def mean_squared_distances(
     n_points, found = 0, torch.full((rows.n, 0), torch.inf)
     for points in _distinct_blocks(reference):
         n_points += len(points)
+        # Points among themselves, in one call: the compiled code then makes half of the products.
+        is_itself = reference is rows and len(points) == rows.n and points.device.type == "cpu"
+        blocks = [points] if is_itself else (block for _, block in rows.blocks())
         parts = [
             topk_similarity(
                 block.to(points.device), points, largest + 1, metric="sqeuclidean", implementation=implementation
             ).values.cpu()
-            for _, block in rows.blocks()
+            for block in blocks
         ]
         nearest = torch.cat([found, torch.cat(parts) if parts else torch.empty(0, largest + 1)], dim=1)
         found = nearest.sort(dim=1).values[:, : largest + 1]

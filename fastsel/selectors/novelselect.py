@@ -8,7 +8,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from fastsel.errors import UsageError
-from fastsel.kernels.novelty import novelty
+from fastsel.kernels.novelty import novelty, similarity_columns
 from fastsel.kernels.novelty.api import DISTANCE_STEP
 from fastsel.selectors.density import RULES, local_density
 from fastsel.selectors.rows import Rows, check_k, check_rows, check_values
@@ -115,10 +115,10 @@ def novelselect(
 
 
 class _Greedy:
-    """The rows chosen so far, and for every row the most that its score can be.
+    """The rows chosen so far, and for every row the most that its score can be: `bounds`, -inf for the chosen.
 
-    With t picks, `ceiling - slack` bounds a row's score: `ceiling` is the sum of all append bounds, w_u times the
-    weighted distance to pick u, and `slack` what it was too high by when the row was last scored.
+    A bound is what the row scored last plus the append bounds of the picks since, w_u times the weighted distance to
+    pick u; each holds the error of the float32 numbers that it was made of.
     """
 
     def __init__(
@@ -132,23 +132,22 @@ class _Greedy:
         implementation: str,
     ) -> None:
         self.rows, self.implementation, self.is_paper = rows, implementation, rule == "paper"
-        self.sigma, device = torch.from_numpy(sigma).to(rows.device), rows.device
+        device = rows.device
+        self.sigma, self.sigma_on_host = torch.from_numpy(sigma).to(device), sigma
         self.quality = None if (quality == 1).all() else torch.from_numpy(quality).to(device)
         self.quality_on_host = quality
         self.picks: list[int] = []
         self.picked = torch.empty(most, rows.d, dtype=torch.float32, device=device)
         self.picked_exactly = torch.empty(most, rows.d, dtype=torch.float64, device=device)
+        self.n_exact = 0  # of picked_exactly, filled when they are needed
         self.picked_sigma = torch.empty(most, dtype=torch.float64, device=device)
         self.weights = torch.arange(1, most + 1, dtype=torch.float64, device=device) ** -alpha
         self.weight_sums = self.weights.cumsum(0).tolist()
         self.weight_list = self.weights.tolist()
-        self.ceiling = torch.zeros(rows.n, dtype=torch.float64, device=device)
-        self.slack = torch.zeros_like(self.ceiling)
-        self.is_picked = torch.zeros(rows.n, dtype=torch.bool, device=device)
+        self.bounds = torch.zeros(rows.n, dtype=torch.float64, device=device)
         # Error of a float32 product of unit vectors and a few roundings; of a score, times densities and weights.
         self.rounding = UNIT * (8 + rows.d**0.5)
-        self.error = (self.sigma + self.sigma.max()) * (0.0 if self.is_paper else self.rounding)
-        self.error_on_host = self.error.cpu().numpy()
+        self.error = (sigma + sigma.max()) * (0.0 if self.is_paper else self.rounding)
         self.columns: dict[int, torch.Tensor] = {}
         self.likely: list[int] = []  # rows that may be chosen next, best first
         self.n_columns, self.n_hits = COLUMNS[0], 1
@@ -175,31 +174,42 @@ class _Greedy:
             for pick in before.tolist():
                 self._append(pick)
             m = self.t
+            errors = torch.from_numpy(self.error * self.weight_sums[m - 1]).to(self.bounds.device)
             for start, block in self.rows.blocks():
                 part = slice(start, start + len(block))
-                self.ceiling[part] = novelty(
+                self.bounds[part] += errors[part] + novelty(
                     block, self.picked[:m], self.weights[:m], self.sigma[part], self.picked_sigma[:m],
                     rank_by="order", implementation=self.implementation,
-                ).double()  # fmt: skip
+                )  # fmt: skip
+            if self.quality is not None:
+                self.bounds *= self.quality
+            self.bounds[self.picks] = -torch.inf
             self.n_passes += 1
 
     def _append(self, pick: int) -> None:
-        t = self.t
-        exact = self.rows.exact(slice(pick, pick + 1))[0]
-        self.picked_exactly[t], self.picked[t], self.picked_sigma[t] = exact, exact.float(), self.sigma[pick]
-        self.is_picked[pick] = True
+        self.picked[self.t] = self.rows.take(slice(pick, pick + 1))[0]
+        self.picked_sigma[self.t] = self.sigma_on_host[pick]
+        self.bounds[pick] = -torch.inf
         self.picks.append(pick)
+
+    def _exactly(self) -> torch.Tensor:
+        """Float64 [t, d], the picks."""
+        if self.n_exact < self.t:
+            self.picked_exactly[self.n_exact : self.t] = self.rows.exact(self.picks[self.n_exact :])
+            self.n_exact = self.t
+        return self.picked_exactly[: self.t]
 
     def add(self, pick: int) -> None:
         """Choose a row: every other row's bound grows by what it can gain from it."""
         self._append(pick)
-        distances = 1 - self._column(pick)
+        # As far as it may be: the products are float32.
+        distances = (1 + self.rounding) - self._column(pick).double()
         if self.is_paper:
-            # Scores are exact there, so that the increments have to hold the error of float32 themselves.
-            self.ceiling += self._paper_increments(distances.double() + self.rounding)
+            increments = self._paper_increments(distances)
         else:
-            densities = self.sigma + self.picked_sigma[self.t - 1]
-            self.ceiling.addcmul_(densities, distances.double(), value=self.weight_list[self.t - 1])
+            densities = self.sigma + self.sigma_on_host[pick]
+            increments = densities.mul_(distances).mul_(self.weight_list[self.t - 1])
+        self.bounds += increments if self.quality is None else increments.mul_(self.quality)
 
     def _paper_increments(self, distances: torch.Tensor) -> torch.Tensor:
         """What each score can gain from the newest pick u, at rank p and distance d, when picks rank by distance.
@@ -226,51 +236,63 @@ class _Greedy:
         n_columns = min(max(2 * self.n_hits, COLUMNS[0]), COLUMNS[1], room)
         wanted = [pick, *(row for row in self.likely if row != pick and row not in self.columns)][:n_columns]
         vectors = self.rows.take(wanted)
-        fetched = [torch.empty(self.rows.n, dtype=torch.float32, device=self.rows.device) for _ in wanted]
-        for start, block in self.rows.blocks() if self.rows.is_mapped else [(0, self.rows.whole())]:
-            for column, part in zip(fetched, (block @ vectors.T).unbind(1), strict=True):
-                column[start : start + len(block)] = part
+        if self.rows.is_mapped:
+            fetched = torch.empty(len(wanted), self.rows.n, dtype=torch.float32, device=self.rows.device)
+            for start, block in self.rows.blocks():
+                fetched[:, start : start + len(block)] = similarity_columns(block, vectors)
+        else:
+            fetched = similarity_columns(self.rows.whole(), vectors)
         self.n_hits, self.n_passes = 1, self.n_passes + 1
         # A column stays true: those fetched earlier are kept while there is room, the oldest go first.
         for old in list(self.columns)[: max(0, len(self.columns) + len(wanted) - room)]:
             del self.columns[old]
-        self.columns |= dict(zip(wanted, fetched, strict=True))
+        self.columns |= dict(zip(wanted, fetched.unbind(0), strict=True))
         return self.columns.pop(pick)
 
     def best(self) -> int:
         """The row with the greatest score; the lowest of those with equal ones."""
         weight = self.weight_sums[self.t - 1]
-        bounds = (self.ceiling - self.slack).add_(self.error, alpha=weight)
-        if self.quality is not None:
-            bounds *= self.quality
-        bounds.masked_fill_(self.is_picked, -torch.inf)
-        limits, rows = bounds.topk(min(self.n_contenders, len(bounds) - self.t))
+        # One more than are scored: where it stays behind, so do all others.
+        limits, rows = self.bounds.topk(min(self.n_contenders + 1, len(self.bounds) - self.t))
+        limit = float(limits[-1]) if len(rows) > self.n_contenders else -np.inf
+        rows = rows[: self.n_contenders]
+        bounds = limits[: self.n_contenders].cpu().numpy()
         found, highest, floor, n_needed = [], [], -np.inf, 0
         while len(rows):
-            scores, numbers = self._score(rows), rows.cpu().numpy()
-            margin, quality = self.error_on_host[numbers] * weight, self.quality_on_host[numbers]
+            numbers = rows.cpu().numpy()
+            scores, margin, quality = (
+                self._score(rows, numbers),
+                self.error[numbers] * weight,
+                self.quality_on_host[numbers],
+            )
             found.append(numbers)
             highest.append((scores + margin) * quality)
+            self.bounds.index_copy_(0, rows, torch.from_numpy(highest[-1]).to(self.bounds.device))
             # Rows that tie with the best are contenders too, also where adding up their bounds rounded them below it.
             least = float(((scores - margin) * quality).max())
             floor = max(floor, least - 4 * TIE * abs(least))
-            n_needed += int((limits >= floor).sum())
-            bounds.index_fill_(0, rows, -torch.inf)
-            rows = (bounds >= floor).nonzero()[:, 0]
-            limits = bounds[rows]
-            if len(rows) > CONTENDERS[1]:
-                limits, first = limits.topk(CONTENDERS[1])
-                rows = rows[first]
+            n_needed += int((bounds >= floor).sum())
+            if limit < floor:
+                break
+            left = np.setdiff1d((self.bounds >= floor).nonzero()[:, 0].cpu().numpy(), np.concatenate(found))
+            rows = torch.from_numpy(left).to(self.bounds.device)
+            limits, limit = self.bounds[rows], -np.inf
+            if len(left) > CONTENDERS[1]:
+                limits, first = limits.topk(CONTENDERS[1] + 1)
+                limit = float(limits[-1])
+                rows, limits = rows[first[:-1]], limits[:-1]
+            bounds = limits.cpu().numpy()
         self.n_contenders = min(max(n_needed, CONTENDERS[0]), CONTENDERS[1])
         contenders, most = np.concatenate(found), np.concatenate(highest)
         self.likely = contenders[np.argsort(-most, kind="stable")[: COLUMNS[1]]].tolist()
         return self._decide(contenders[most >= floor])
 
-    def _score(self, rows: torch.Tensor) -> NDArray[np.float64]:
-        """Scores [b] of rows against all picks; the rows' bounds fall to them."""
+    def _score(self, rows: torch.Tensor, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Float64 [b], scores of rows against all picks."""
         t = self.t
+        self.n_scored += len(numbers)
         if self.is_paper:
-            vectors, picked = self.rows.exact(rows.cpu().numpy()), self.picked_exactly[:t]
+            vectors, picked = self.rows.exact(numbers), self._exactly()
             scores = self._novelty(vectors, picked, self.weights[:t], rows)
             ranks = [rank for rank in self.ranks if rank <= t]
             one_hot = torch.zeros(t, len(ranks), dtype=torch.float64, device=rows.device)
@@ -278,11 +300,8 @@ class _Greedy:
             distances = novelty(vectors, picked, one_hot, implementation=self.implementation)
             self.quantiles[rows[:, None], torch.arange(len(ranks), device=rows.device)] = distances.float()
         else:
-            is_mapped = self.rows.is_mapped
-            vectors = self.rows.take(rows.cpu().numpy()) if is_mapped else self.rows.whole().index_select(0, rows)
+            vectors = self.rows.take(numbers) if self.rows.is_mapped else self.rows.whole().index_select(0, rows)
             scores = self._novelty(vectors, self.picked[:t], self.weights[:t], rows).double()
-        self.slack.index_copy_(0, rows, self.ceiling.index_select(0, rows) - scores)
-        self.n_scored += len(rows)
         return np.asarray(scores.cpu().numpy())
 
     def _novelty(
@@ -299,15 +318,14 @@ class _Greedy:
         if len(numbers) == 1:
             return int(numbers[0])
         rows = torch.from_numpy(numbers).to(self.sigma.device)
-        picked, weights = self.picked_exactly[: self.t], self.weights[: self.t]
-        scores = self._novelty(self.rows.exact(numbers), picked, weights, rows).cpu().numpy()
+        scores = self._novelty(self.rows.exact(numbers), self._exactly(), self.weights[: self.t], rows).cpu().numpy()
         scores = scores * self.quality_on_host[numbers]
         best = scores.max()
         return int(numbers[scores >= best - TIE * abs(best)].min())
 
     def gains(self, n_before: int) -> NDArray[np.float64]:
         """Float64: the score of each pick against those before it."""
-        picked, sigma = self.picked_exactly.cpu().numpy(), self.picked_sigma.cpu().numpy()
+        picked, sigma = self._exactly().cpu().numpy(), self.picked_sigma.cpu().numpy()
         weights = self.weights.cpu().numpy()
         gains = np.zeros(self.t - n_before)
         for i in range(max(1, n_before), self.t):

@@ -12,6 +12,7 @@
 #include <math.h>
 #include <omp.h>
 
+#include "columns.h"
 #include "export.h"
 #include "matrix_tile.h"
 #include "vectors.h"
@@ -252,4 +253,11 @@ FASTSEL_EXPORT(novelty_order)(
     if (type == FLOAT32) run_order<FLOAT32>(rows, stride, row_density, vectors, sums, n, d, s, has_both, threads, out);
     if (type == BFLOAT16) run_order<BFLOAT16>(rows, stride, row_density, vectors, sums, n, d, s, has_both, threads, out);
     if (type == FLOAT16) run_order<FLOAT16>(rows, stride, row_density, vectors, sums, n, d, s, has_both, threads, out);
+}
+
+// out[c, n] = vectors [c, d] . rows [n, d], all float32; strides are elements from row to row.
+FASTSEL_EXPORT(novelty_columns)(
+    const float* rows, int64_t rows_stride, const float* vectors, int64_t vectors_stride, int64_t n, int64_t c,
+    int64_t d, int32_t threads, float* out) {
+    run_columns({rows, vectors, rows_stride, vectors_stride, n, c, d, out}, threads);
 }

@@ -102,3 +102,16 @@ def _sorted(
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def columns(rows: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """See columns.similarity_columns."""
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    vectors = vectors if vectors.stride(1) == 1 else vectors.contiguous()
+    (n, d), c = rows.shape, len(vectors)
+    out = torch.empty(c, n, dtype=torch.float32, device="cpu")
+    native.function("novelty_columns", *(c_void_p, c_int64) * 2, *(c_int64,) * 3, c_int32, c_void_p)(
+        *(rows.data_ptr(), rows.stride(0), vectors.data_ptr(), vectors.stride(0)),
+        *(n, c, d, native.num_threads(), out.data_ptr()),
+    )
+    return out

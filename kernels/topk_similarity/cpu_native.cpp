@@ -12,170 +12,19 @@
 // task, and POINTS points ([panel][d][TILE_ROWS]) at a time; a tile of similarities (12 KB) stays in its L1 cache.
 // Points are read from memory once per block of queries. For distances the tile holds q . p - |p|^2 / 2, of rows less a
 // common centre. At last every query's contenders are computed anew in float64, from the rows as given, and sorted.
+//
+// Where the queries are the points themselves, half of the products are enough: self_search.h.
 
 #include <math.h>
 #include <omp.h>
 
+#include "contenders.h"
 #include "export.h"
 #include "matrix_tile.h"
+#include "self_search.h"
 #include "vectors.h"
 
 namespace {
-
-constexpr int POINTS = 96;  // a multiple of every TILE_ROWS
-constexpr int64_t DEPTH_BLOCK = 256;  // terms of one chain of multiply-adds; longer sums are added block by block
-constexpr int64_t BLOCK_BYTES = 640 << 10;
-constexpr int64_t TASKS_PER_THREAD = 4;
-static_assert(POINTS % TILE_ROWS == 0, "a group of points is whole panels");
-
-static inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-template <typename Value>
-struct Contender {
-    Value value;
-    int32_t point;
-};
-// Best first: the larger value, of equals the lower point.
-template <typename Value>
-static inline bool is_better(Contender<Value> a, Contender<Value> b) {
-    return a.value > b.value || (a.value == b.value && a.point < b.point);
-}
-
-// heap[0] is the worst; the entry at `place` may be better than its children, which is put right.
-template <typename Value>
-static void sift_down(Contender<Value>* heap, int64_t count, int64_t place) {
-    const Contender<Value> moved = heap[place];
-    for (;;) {
-        int64_t child = 2 * place + 1;
-        if (child >= count) break;
-        if (child + 1 < count && is_better(heap[child], heap[child + 1])) ++child;
-        if (!is_better(moved, heap[child])) break;
-        heap[place] = heap[child];
-        place = child;
-    }
-    heap[place] = moved;
-}
-
-// Keeps the best `most`; *count of them are there.
-template <typename Value>
-static void keep(Contender<Value>* heap, int64_t most, int32_t* count, Contender<Value> one) {
-    if (*count < most) {
-        int64_t place = (*count)++;
-        while (place > 0 && is_better(heap[(place - 1) / 2], one)) {
-            heap[place] = heap[(place - 1) / 2];
-            place = (place - 1) / 2;
-        }
-        heap[place] = one;
-    } else if (is_better(one, heap[0])) {
-        heap[0] = one;
-        sift_down(heap, most, 0);
-    }
-}
-
-// Turns a heap into an array with the best first.
-template <typename Value>
-static void sort_heap(Contender<Value>* heap, int64_t count) {
-    for (int64_t last = count - 1; last > 0; --last) {
-        const Contender<Value> worst = heap[0];
-        heap[0] = heap[last];
-        sift_down(heap, last, 0);
-        heap[last] = worst;
-    }
-}
-
-struct Problem {
-    const void *queries, *points;
-    int64_t query_stride, point_stride;
-    ElementType type;
-    const float* centre;  // null: dot products
-    const int64_t* exclude;
-    int64_t b, n, d, k, kept;
-};
-
-static inline const void* row_of(const void* rows, int64_t stride, ElementType type, int64_t row) {
-    return static_cast<const char*>(rows) + row * stride * (type == FLOAT32 ? 4 : 2);
-}
-
-// similarities[w][column] for `count` points and one tile of queries; points beyond count, up to a panel, are not read.
-static void multiply_group(const float* points, const float* queries, int64_t d, int64_t count, float* similarities) {
-    for (int64_t k = 0; k < d; k += DEPTH_BLOCK) {
-        const int64_t depth = smaller(DEPTH_BLOCK, d - k);
-        for (int64_t w = 0; w < count; w += TILE_ROWS) {
-            const float* left = points + w * d + k * TILE_ROWS;
-            const float* right = queries + k * TILE_COLUMNS;
-            if (k == 0)
-                multiply_tile<false>(left, right, depth, similarities + w * TILE_COLUMNS, TILE_COLUMNS);
-            else
-                multiply_tile<true>(left, right, depth, similarities + w * TILE_COLUMNS, TILE_COLUMNS);
-        }
-    }
-}
-
-template <int WIDTH>
-static void subtract_centre(float* panel, const float* centre, int64_t d) {
-    for (int64_t k = 0; k < d; ++k)
-        for (int r = 0; r < WIDTH; ++r) panel[k * WIDTH + r] -= centre[k];
-}
-
-// |p|^2 / 2 of the points of a panel.
-static void half_squares(const float* panel, int64_t d, float* out) {
-    float total[TILE_ROWS] = {};
-    for (int64_t k = 0; k < d; k += DEPTH_BLOCK) {
-        float block[TILE_ROWS] = {};
-        for (int64_t i = k; i < smaller(k + DEPTH_BLOCK, d); ++i)
-            for (int r = 0; r < TILE_ROWS; ++r) block[r] += panel[i * TILE_ROWS + r] * panel[i * TILE_ROWS + r];
-        for (int r = 0; r < TILE_ROWS; ++r) total[r] += block[r];
-    }
-    for (int r = 0; r < TILE_ROWS; ++r) out[r] = 0.5f * total[r];
-}
-
-static inline bool any_lane(Ints mask) {
-    uint64_t words[LANES / 2], any = 0;
-    memcpy(words, &mask, sizeof mask);
-    for (int i = 0; i < LANES / 2; ++i) any |= words[i];
-    return any != 0;
-}
-
-// What a task knows of one block of queries; arrays over queries.
-struct State {
-    float *threshold, *lowest;
-    int32_t* count;
-    Contender<float>* heaps;  // [queries][kept]
-};
-
-// Takes `count` points, numbered from first_point, into the state of LANES queries starting at `query`.
-static void take_group(
-    float* similarities, const float* offsets, int64_t first_point, int64_t count, int64_t kept, State state,
-    int64_t query, int64_t live) {
-    Floats lowest = load(state.lowest + query), threshold = load(state.threshold + query);
-    for (int64_t w = 0; w < count; w += TILE_ROWS) {
-        const int64_t stop = smaller(w + TILE_ROWS, count);
-        Ints hits = Ints{};
-        for (int64_t i = w; i < stop; ++i) {
-            Floats s = load(similarities + i * TILE_COLUMNS);
-            if (offsets) {
-                s -= offsets[i];
-                store(similarities + i * TILE_COLUMNS, s);
-            }
-            lowest = lesser(s, lowest);  // a NaN is less than nothing
-            hits |= s > threshold;
-        }
-        if (!any_lane(hits)) continue;
-        for (int64_t i = w; i < stop; ++i)
-            for (int64_t lane = 0; lane < live; ++lane) {
-                const float s = similarities[i * TILE_COLUMNS + lane];
-                if (!(s > state.threshold[query + lane])) continue;
-                Contender<float>* const heap = state.heaps + (query + lane) * kept;
-                int32_t* const there = state.count + query + lane;
-                keep(heap, kept, there, {s, static_cast<int32_t>(first_point + i)});
-                if (*there == kept) state.threshold[query + lane] = heap[0].value;
-            }
-        threshold = load(state.threshold + query);
-    }
-    store(state.lowest + query, lowest);
-}
 
 struct Layout {
     int64_t block_queries, blocks, ranges, range_points;  // block_queries is a multiple of TILE_COLUMNS
@@ -214,24 +63,15 @@ static void run_task(const Problem& p, const Layout& layout, int64_t block, int6
     for (int64_t i = 0; i < layout.block_queries; ++i) {
         state.threshold[i] = -INFINITY, state.lowest[i] = INFINITY, state.count[i] = 0;
     }
-    for (int64_t q = 0; q < queries; q += TILE_COLUMNS) {
-        float* const panel = packed_queries + q * p.d;
-        const void* from = row_of(p.queries, p.query_stride, p.type, first_query + q);
-        pack_panel<TILE_COLUMNS>(p.type, from, p.query_stride, queries - q, p.d, panel);
-        if (p.centre) subtract_centre<TILE_COLUMNS>(panel, p.centre, p.d);
-    }
+    pack_block<TILE_COLUMNS>(p.queries, p.query_stride, p, first_query, queries, packed_queries);
     for (int64_t point = first_point; point < last_point; point += POINTS) {
         const int64_t count = smaller(POINTS, last_point - point);
-        for (int64_t w = 0; w < count; w += TILE_ROWS) {
-            float* const panel = packed_points + w * p.d;
-            const void* from = row_of(p.points, p.point_stride, p.type, point + w);
-            pack_panel<TILE_ROWS>(p.type, from, p.point_stride, count - w, p.d, panel);
-            if (p.centre) subtract_centre<TILE_ROWS>(panel, p.centre, p.d), half_squares(panel, p.d, offsets + w);
-        }
+        pack_block<TILE_ROWS>(p.points, p.point_stride, p, point, count, packed_points);
+        for (int64_t w = 0; p.centre && w < count; w += TILE_ROWS) half_squares(packed_points + w * p.d, p.d, offsets + w);
         for (int64_t q = 0; q < queries; q += TILE_COLUMNS) {
             multiply_group(packed_points, packed_queries + q * p.d, p.d, count, similarities);
             for (int64_t c = 0; c < TILE_COLUMNS && q + c < queries; c += LANES)
-                take_group(
+                take_group<false>(
                     similarities + c, p.centre ? offsets : nullptr, point, count, p.kept, state, q + c,
                     smaller(LANES, queries - q - c));
         }
@@ -281,15 +121,14 @@ static float query_value(const Problem& p, const void* row, int64_t k) {
     return load_one<FLOAT16>(row, k);
 }
 
-// Decides one query's contenders, those of all ranges, and writes its row of the results.
+// Decides one query's contenders, those of all ranges (of `stride` queries each), and writes its row of the results.
 static void finish_query(
-    const Problem& p, const Layout& layout, State all, int64_t query, Contender<double>* decided, float* values,
+    const Problem& p, int64_t ranges, int64_t stride, State all, int64_t query, Contender<double>* decided, float* values,
     int64_t* indices, float* minimum) {
-    const int64_t stride = layout.blocks * layout.block_queries;  // queries of one range
     Contender<float>* const heap = all.heaps + query * p.kept;
     int32_t* const count = all.count + query;
     float lowest = all.lowest[query];
-    for (int64_t range = 1; range < layout.ranges; ++range) {
+    for (int64_t range = 1; range < ranges; ++range) {
         const int64_t other = range * stride + query;
         for (int32_t i = 0; i < all.count[other]; ++i) keep(heap, p.kept, count, all.heaps[other * p.kept + i]);
         if (all.lowest[other] < lowest) lowest = all.lowest[other];
@@ -320,32 +159,53 @@ static void finish_query(
     minimum[query] = lowest;
 }
 
+// The room of one thread for a query's contenders in float64.
+static Contender<double>* room_to_decide(float* all, int64_t floats) {
+    float* const own = all + omp_get_thread_num() * floats;
+    return reinterpret_cast<Contender<double>*>((reinterpret_cast<uintptr_t>(own) + 7) & ~uintptr_t{7});
+}
+
+// Arrays over `queries`, one after the other.
+static State state_at(float* from, int64_t queries) {
+    int32_t* const counts = reinterpret_cast<int32_t*>(from + 2 * queries);
+    return {from, from + queries, counts, reinterpret_cast<Contender<float>*>(counts + queries)};
+}
+
 static void run(const Problem& p, int threads, float* workspace, float* values, int64_t* indices, float* minimum) {
     const Layout layout(p.b, p.n, p.d, p.kept, threads);
-    float* const scratch = workspace;
-    float* const final_scratch = scratch + threads * layout.thread_floats;
-    float* const thresholds = final_scratch + threads * layout.final_floats;
-    float* const lowests = thresholds + layout.query_floats;
-    int32_t* const counts = reinterpret_cast<int32_t*>(lowests + layout.query_floats);
-    Contender<float>* const heaps = reinterpret_cast<Contender<float>*>(counts + layout.query_floats);
+    float* const to_decide = workspace + threads * layout.thread_floats;
+    const State all = state_at(to_decide + threads * layout.final_floats, layout.query_floats);
     const int64_t tasks = layout.blocks * layout.ranges;
 #pragma omp parallel num_threads(threads)
     {
-        const int64_t thread = omp_get_thread_num();
-        float* const own = final_scratch + thread * layout.final_floats;
-        Contender<double>* const decided =
-            reinterpret_cast<Contender<double>*>((reinterpret_cast<uintptr_t>(own) + 7) & ~uintptr_t{7});
+        float* const scratch = workspace + omp_get_thread_num() * layout.thread_floats;
+        Contender<double>* const decided = room_to_decide(to_decide, layout.final_floats);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; ++task) {
             const int64_t block = task / layout.ranges, range = task % layout.ranges;
             const int64_t first = (range * layout.blocks + block) * layout.block_queries;
-            const State state{thresholds + first, lowests + first, counts + first, heaps + first * p.kept};
-            run_task(p, layout, block, range, scratch + thread * layout.thread_floats, state);
+            const State state{all.threshold + first, all.lowest + first, all.count + first, all.heaps + first * p.kept};
+            run_task(p, layout, block, range, scratch, state);
         }
-        const State all{thresholds, lowests, counts, heaps};
+        const int64_t stride = layout.blocks * layout.block_queries;
 #pragma omp for schedule(static)
         for (int64_t query = 0; query < p.b; ++query)
-            finish_query(p, layout, all, query, decided, values, indices, minimum);
+            finish_query(p, layout.ranges, stride, all, query, decided, values, indices, minimum);
+    }
+}
+
+static void run_itself(const Problem& p, int threads, float* workspace, float* values, int64_t* indices) {
+    const SelfLayout layout(p.n, p.d, p.kept, threads);
+    float* const to_decide = workspace + threads * layout.thread_floats;
+    float* const half_squares_n = to_decide + threads * layout.final_floats;
+    const State all = state_at(half_squares_n + layout.rows, layout.rows);
+#pragma omp parallel num_threads(threads)
+    {
+        search_itself(p, layout, half_squares_n, workspace + omp_get_thread_num() * layout.thread_floats, all);
+        Contender<double>* const decided = room_to_decide(to_decide, layout.final_floats);
+#pragma omp for schedule(static)
+        for (int64_t query = 0; query < p.n; ++query)
+            finish_query(p, 1, layout.rows, all, query, decided, values, indices, nullptr);
     }
 }
 
@@ -353,18 +213,22 @@ static void run(const Problem& p, int threads, float* workspace, float* values, 
 
 // How many floats of workspace topk_similarity needs.
 FASTSEL_EXPORT(topk_similarity_workspace)(
-    int64_t b, int64_t n, int64_t d, int64_t kept, int32_t threads, int64_t* floats) {
-    *floats = Layout(b, n, d, kept, threads).floats(threads);
+    int64_t b, int64_t n, int64_t d, int64_t kept, int32_t itself, int32_t threads, int64_t* floats) {
+    *floats = itself ? SelfLayout(n, d, kept, threads).floats(kept, threads) : Layout(b, n, d, kept, threads).floats(threads);
 }
 
 // queries [b, d] and points [n, d] hold elements of `type` (0 float32, 1 bfloat16, 2 float16); strides are elements from
 // row to row. centre [d] null means dot products, else squared distances; exclude [b] and minimum [b] may be null.
-// kept >= k contenders a query. values and indices are [b, k]. Nothing may overlap but queries and points.
+// kept >= k contenders a query. values and indices are [b, k]. Nothing may overlap but queries and points. itself: they
+// are the same rows, and minimum is null.
 FASTSEL_EXPORT(topk_similarity)(
     const void* queries, int64_t query_stride, const void* points, int64_t point_stride, int32_t type,
     const float* centre, const int64_t* exclude, int64_t b, int64_t n, int64_t d, int64_t k, int64_t kept,
-    int32_t threads, float* workspace, float* values, int64_t* indices, float* minimum) {
+    int32_t itself, int32_t threads, float* workspace, float* values, int64_t* indices, float* minimum) {
     const Problem problem{
         queries, points, query_stride, point_stride, static_cast<ElementType>(type), centre, exclude, b, n, d, k, kept};
-    run(problem, threads, workspace, values, indices, minimum);
+    if (itself)
+        run_itself(problem, threads, workspace, values, indices);
+    else
+        run(problem, threads, workspace, values, indices, minimum);
 }
