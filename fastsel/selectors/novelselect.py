@@ -150,7 +150,7 @@ class _Greedy:
         self.error = (sigma + sigma.max()) * (0.0 if self.is_paper else self.rounding)
         self.columns: dict[int, torch.Tensor] = {}
         self.likely: list[int] = []  # rows that may be chosen next, best first
-        self.n_columns, self.n_hits = COLUMNS[0], 1
+        self.n_hits = 1  # columns that were of use since the last pass
         self.n_contenders = CONTENDERS[0]
         self.n_scored = self.n_passes = 0
         if self.is_paper:
@@ -167,7 +167,7 @@ class _Greedy:
         if self.is_paper:
             for start in range(0, len(before), COLUMNS[1]):
                 self.likely = before[start + 1 : start + COLUMNS[1]].tolist()
-                self.n_columns = COLUMNS[1]
+                self.n_hits = COLUMNS[1]
                 for pick in before[start : start + COLUMNS[1]].tolist():
                     self.add(pick)
         elif len(before):
@@ -246,7 +246,8 @@ class _Greedy:
         # A column stays true: those fetched earlier are kept while there is room, the oldest go first.
         for old in list(self.columns)[: max(0, len(self.columns) + len(wanted) - room)]:
             del self.columns[old]
-        self.columns |= dict(zip(wanted, fetched.unbind(0), strict=True))
+        # Copies: a part of `fetched` would keep all of it in memory.
+        self.columns |= {row: column.clone() for row, column in zip(wanted, fetched, strict=True)}
         return self.columns.pop(pick)
 
     def best(self) -> int:
@@ -260,11 +261,8 @@ class _Greedy:
         found, highest, floor, n_needed = [], [], -np.inf, 0
         while len(rows):
             numbers = rows.cpu().numpy()
-            scores, margin, quality = (
-                self._score(rows, numbers),
-                self.error[numbers] * weight,
-                self.quality_on_host[numbers],
-            )
+            margin, quality = self.error[numbers] * weight, self.quality_on_host[numbers]
+            scores = self._score(rows, numbers)
             found.append(numbers)
             highest.append((scores + margin) * quality)
             self.bounds.index_copy_(0, rows, torch.from_numpy(highest[-1]).to(self.bounds.device))

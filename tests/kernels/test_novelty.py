@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fastsel.kernels._runtime import native
 from fastsel.kernels._runtime.dispatch import NoImplementationError
 from fastsel.kernels._runtime.testing import assert_as_exact
-from fastsel.kernels.novelty import novelty, torch_blocked
+from fastsel.kernels.novelty import novelty, similarity_columns, torch_blocked
 from fastsel.kernels.novelty.cases import CASES, Case, make_inputs
 
 NEEDS_LIBRARY = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
@@ -206,6 +206,58 @@ def test_edges_strides(implementation, rank_by):
     tall = weights.T.contiguous().T
     got = call((rows.T.contiguous().T, wide, tall, p, wide_q, rank_by), implementation)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------ columns of products
+
+
+@pytest.mark.parametrize("c", [1, 2, 3, 5, 6, 7, 12, 13, 64])
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (3, 15), (4, 16), (41, 129), (1030, 384)])
+@pytest.mark.parametrize("is_native", [pytest.param(True, marks=NEEDS_LIBRARY), False])
+def test_columns_match_the_product(n, d, c, is_native, monkeypatch):
+    """Every number of vectors in a last group, rows and features that fill no tile."""
+    if not is_native:
+        monkeypatch.setattr(native, "unavailable", lambda: "switched off")
+    generator = torch.Generator().manual_seed(c)
+    rows, vectors = (torch.randn(m, d, generator=generator) for m in (n, c))
+    truth = vectors.double() @ rows.double().T
+    got = similarity_columns(rows, vectors)
+    assert got.is_contiguous()
+    assert_as_exact(got, truth, (rows @ vectors.T).T, reduction_length=d)
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_law_a_product_in_a_column_depends_on_its_row_and_vector_only(threads):
+    generator = torch.Generator().manual_seed(0)
+    rows, vectors = torch.randn(137, 45, generator=generator), torch.randn(17, 45, generator=generator)
+    expected = similarity_columns(rows, vectors)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(similarity_columns(rows, vectors), expected)
+        assert torch.equal(similarity_columns(rows[5:131], vectors[3:]), expected[3:, 5:131])
+        assert torch.equal(similarity_columns(rows, vectors[16:]), expected[16:])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("is_native", [pytest.param(True, marks=NEEDS_LIBRARY), False])
+def test_edges_columns(is_native, monkeypatch):
+    if not is_native:
+        monkeypatch.setattr(native, "unavailable", lambda: "switched off")
+    rows, vectors = torch.arange(6.0).reshape(3, 2), torch.tensor([[1.0, 0.0], [0.5, 2.0]])
+    assert similarity_columns(rows, vectors).tolist() == [[0, 2, 4], [2, 7, 12]]
+    assert similarity_columns(rows.T.contiguous().T, vectors.T.contiguous().T).tolist() == [[0, 2, 4], [2, 7, 12]]
+    assert similarity_columns(rows[:0], vectors).shape == (2, 0)
+    assert similarity_columns(rows, vectors[:0]).shape == (0, 3)
+    rows[1, 0] = math.nan
+    got = similarity_columns(rows, vectors)
+    assert torch.isnan(got[:, 1]).all() and got[:, [0, 2]].tolist() == [[0, 4], [2, 12]]
+    with pytest.raises(ValueError, match="rows must be float32"):
+        similarity_columns(rows.double(), vectors)
+    with pytest.raises(ValueError, match=r"vectors must have shape \[c, 2\]"):
+        similarity_columns(rows, vectors[:, :1])
 
 
 def test_refuses_what_does_not_match():

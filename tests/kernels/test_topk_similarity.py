@@ -169,6 +169,44 @@ def test_law_neither_threads_nor_other_queries_change_a_bit(threads, metric):
         assert torch.equal(a, b) and torch.equal(a[33:40], c)
 
 
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("metric", ["dot", "sqeuclidean"])
+@pytest.mark.parametrize("kind", ["normal", "grid", "not finite"])
+def test_law_a_search_of_points_among_themselves_is_any_other_search(kind, metric, threads):
+    """Half of the products, the same bits. 1,037 points are 11 blocks at least, the last one short; grids have ties."""
+    generator = torch.Generator().manual_seed(threads)
+    points = torch.randn(1037, 5, generator=generator)
+    if kind == "grid":
+        points = torch.randint(-1, 2, (1037, 5), generator=generator).float()
+    if kind == "not finite":
+        points[500, 2], points[1036, 0], points[3, 1] = math.nan, math.inf, -math.inf
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for dtype in (torch.float32, torch.bfloat16):
+            for exclude in (None, torch.arange(1037)):
+                x = points.to(dtype)
+                itself = call((x, x, 9, metric, exclude, False), "native")
+                other = call((x, x.clone(), 9, metric, exclude, False), "native")
+                assert torch.equal(itself.values, other.values)
+                assert torch.equal(itself.indices, other.indices)
+    finally:
+        torch.set_num_threads(before)
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize(("n", "d", "k"), [(1000, 1, 1), (2500, 300, 11), (1152, 2050, 3), (1001, 8, 1200)])
+def test_edges_points_among_themselves(n, d, k):
+    """Whole blocks and short ones, long sums, more neighbours than points; rows that lie apart in memory."""
+    wide = torch.randn(n, d + 3, generator=torch.Generator().manual_seed(n))
+    x = wide[:, :d]
+    for metric in ("dot", "sqeuclidean"):
+        itself = call((x, x, k, metric, None, False), "native")
+        other = call((x, x.clone(), k, metric, None, False), "native")
+        assert torch.equal(itself.values, other.values) and torch.equal(itself.indices, other.indices)
+
+
 @pytest.mark.parametrize("implementation", ALL)
 def test_edges_hand_worked(implementation):
     """Points 0, 3, 4 on a line, query 1: distances squared 1, 4, 9; products 0, 3, 4."""

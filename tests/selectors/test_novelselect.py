@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from fastsel.selectors import novelselect
 from fastsel.selectors.density import densities, first_of_equal_rows, mean_squared_distances
 from fastsel.selectors.rows import Rows
 
+novelselect_module = sys.modules["fastsel.selectors.novelselect"]  # the package's name is the function
 GOLDEN = Path(__file__).parent / "golden" / "novelselect.json"
 KINDS = ["random", "clustered", "copies"]
 
@@ -189,6 +191,32 @@ def test_quality_multiplies():
     quality = np.zeros(200)
     quality[[9, 30, 77]] = 1.0
     assert set(novelselect(x, 4, first=0, quality=quality)[0].tolist()) == {0, 9, 30, 77}
+
+
+def test_columns_that_are_kept_keep_no_others_in_memory(monkeypatch):
+    """A column is a copy: a part of what one pass fetched would keep all of that in memory, beyond COLUMN_VALUES."""
+    greedy_of = novelselect_module._Greedy
+    kept = []
+
+    def best(greedy):
+        kept.append([column.untyped_storage().nbytes() for column in greedy.columns.values()])
+        return greedy_best(greedy)
+
+    greedy_best = greedy_of.best
+    monkeypatch.setattr(greedy_of, "best", best)
+    monkeypatch.setattr(novelselect_module, "COLUMN_VALUES", 300 * 10)
+    x = make("random", 300)
+    expected = novelselect(x, 60)[0].tolist()
+    assert max(map(sum, kept)) <= 4 * 300 * 10
+    monkeypatch.undo()
+    assert novelselect(x, 60)[0].tolist() == expected
+
+
+def test_density_of_distinct_rows_among_themselves_is_that_of_two_matrices():
+    """1,500 rows are searched among themselves in one call, as another matrix in blocks."""
+    x = make("random", 1500, 24).astype(np.float32)
+    among = mean_squared_distances(rows := Rows(x), rows, [10])[10]
+    assert among.tolist() == mean_squared_distances(Rows(x), Rows(x.copy()), [10])[10].tolist()
 
 
 def test_it_says_how_little_it_scored(caplog):
