@@ -79,7 +79,7 @@ def novelselect(
         (see _paper_increments) and contenders are scored in float64 throughout.
     Cost: one product of x with a chosen row where that row was not foreseen: with it, the columns of the next likely
         rows are fetched in the same pass. Memory: x at unit length in float32 (nothing for a mapped file), the
-        columns of at most 64 rows within 128 MB, 12 bytes k d for the chosen rows.
+        columns of at most 64 rows a pass, of those kept within 128 MB, 12 bytes k d for the chosen rows.
     Source: Yang et al., ACL 2025 (arXiv 2502.17184), and the authors' code, UmeanNever/NovelSum@b594962.
     """
     rows = Rows(x, unit=True)

@@ -67,8 +67,8 @@ def topk_similarity(
     Determinism: the same bits from run to run. native: a query's bits depend on that query and on points only, not on
         the other queries or the number of threads.
     Cost: 2 b n d flops (native: half of them where queries are points themselves, the same memory, from 1,000 rows on
-        and without minimum); queries and points are read; about k (1 + ln(n / k)) insertions a query; 2 b (k + 5) d flops
-        in float64. Extra memory: native 12 b (k + 5) bytes, a few times that when there are few queries, and
+        and without minimum); queries and points are read; about k (1 + ln(n / k)) insertions a query; 2 b (k + 5) d
+        flops in float64. Extra memory: native 12 b (k + 5) bytes, a few times that when there are few queries, and
         about 0.5 MB a thread; torch about 20 MB; triton 8 to 16 b (k + 5) bytes for each slice
         of the points, 4 n for their lengths. Never an array [b, n].
     Source: exact search by brute force, as IndexFlat of Johnson, Douze & Jegou, "Billion-scale similarity search with
