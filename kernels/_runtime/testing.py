@@ -5,9 +5,14 @@ dtype. An implementation may err by twice as much as plain code does, plus a flo
 """
 
 import math
+from typing import Any
 
 import torch
 
+from fastsel.kernels._runtime.triton_launch import INTERPRETED
+
+# Where checks of Triton kernels run: on the CPU in the interpreter's process, else on a GPU.
+TRITON_DEVICE = "cpu" if INTERPRETED else "cuda"
 EPSILON = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
 
@@ -41,3 +46,13 @@ def assert_as_exact(
     allowed = 2 * plain_error + floor(plain.dtype, reduction_length, magnitude)
     assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e} (plain code errs by {plain_error:.3e})"
     return error
+
+
+def placed(value: Any) -> Any:
+    """A tensor, or a NamedTuple's, where Triton's kernels run, with the strides it has; anything else as it is."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(placed, value))
+    if not isinstance(value, torch.Tensor) or value.device.type == TRITON_DEVICE:
+        return value
+    there = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=TRITON_DEVICE)
+    return there.copy_(value)

@@ -55,7 +55,7 @@ def _bits(x):
 
 @triton.jit
 def _rows_at(rows_at, inside, index, sign, of_second):
-    """[N] float32: element index (int32) of two rows, with the signs of their elements; None without a second row.
+    """[N] float32: element index (int32) of two rows, with the signs of their elements; without a second, twice one's.
 
     inside: which of a row's elements in [WORDS, WORD] are there. Rows of 16-bit numbers go in pairs of them.
     """
@@ -69,7 +69,7 @@ def _rows_at(rows_at, inside, index, sign, of_second):
             more = tl.reshape(more ^ sign, [inside.numel])
             return first, tl.gather(more, index, axis=0).to(tl.float32, bitcast=True)
         else:
-            return first, None
+            return first, first
     else:
         if of_second is not None:
             bits |= _bits(tl.load(of_second + in_row, mask=inside, other=0.0)) << 16
@@ -79,7 +79,7 @@ def _rows_at(rows_at, inside, index, sign, of_second):
         if of_second is not None:
             return first, (pair >> 16).to(tl.uint16).to(element_ty, bitcast=True).to(tl.float32)
         else:
-            return first, None
+            return first, first
 
 
 @triton.jit(do_not_specialize=["first_units", "row_first", "row_second", "sign_first", "sign_second"])

@@ -66,10 +66,10 @@ def similarities_above(
                 for i in range(0, len(rows), step)
             ]
         )
-    s = similarity_rows(rows, points, lengths=lengths, similarity=similarity, gamma=gamma).cpu()
-    row, point = torch.nonzero(s > best, as_tuple=True)
-    starts = torch.searchsorted(row, torch.arange(len(rows) + 1))
-    return Pairs(starts, point.int(), s[row, point])
+    s = similarity_rows(rows, points, lengths=lengths, similarity=similarity, gamma=gamma)
+    row, point = torch.nonzero(s > best.to(s.device), as_tuple=True)
+    starts = torch.searchsorted(row, torch.arange(len(rows) + 1, device=s.device))
+    return Pairs(starts.cpu(), point.int().cpu(), s[row, point].cpu())
 
 
 def _joined(parts: list[Pairs]) -> Pairs:
@@ -115,6 +115,10 @@ def similarity_rows(
     for start in range(0, len(points), step):
         over = slice(start, start + step)
         block = points[over].double()
+        if similarity == "dot" and rows.device.type != "cpu":
+            s = rows @ block.T
+            out[:, over] = s if lengths is None else torch.where(lengths[over] > 0, s / lengths[over], 0.0)
+            continue
         for i, row in enumerate(rows):
             # Sums along rows of memory: their order does not depend on the number of threads.
             if similarity == "dot":

@@ -2,6 +2,7 @@
 
 TRITON_INTERPRET is read when Triton is imported, so the checks of values (functions named check_*) run in a pytest
 process of their own, in which every address that a kernel touches must lie in one of the tensors of its launch.
+Outside that process the same checks are tests marked gpu: of the compiled kernels, on a device.
 """
 
 import os
@@ -12,7 +13,40 @@ import numpy as np
 import pytest
 import torch
 
+from fastsel.kernels._runtime.devices import triton_architecture
+from fastsel.kernels._runtime.testing import TRITON_DEVICE
 from fastsel.kernels._runtime.triton_launch import INTERPRETED, Launch
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Outside the interpreter checks need a GPU, and faults that would touch strange memory there are not planted."""
+    if INTERPRETED:
+        return
+    items[:] = [item for item in items if not item.name.startswith("check_planted_")]
+    here = triton_architecture(torch.empty(0, device="cuda")) if torch.cuda.is_available() else None
+    for item in items:
+        if not item.name.startswith("check_"):
+            continue
+        item.add_marker(pytest.mark.gpu)
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        tiles_of = given.get("architecture") or given.get("key", (None,))[0]
+        if here and tiles_of not in (None, here):
+            item.add_marker(pytest.mark.skip(reason=f"tiles of {tiles_of}; this device takes those of {here}"))
+
+
+@pytest.fixture
+def spread_storage(tmp_path):
+    """allocate(size, dtype): memory of so many elements where the kernels run; on a CPU a file of holes."""
+
+    def allocate(size, dtype):
+        if INTERPRETED:
+            return torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=dtype)
+        return torch.empty(size, dtype=dtype, device=TRITON_DEVICE)
+
+    yield allocate
+    if not INTERPRETED:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from fastsel.kernels._runtime import triton_predict, triton_proof  # noqa: E402
-from fastsel.kernels._runtime.testing import EPSILON  # noqa: E402
+from fastsel.kernels._runtime.testing import EPSILON, placed  # noqa: E402
 from fastsel.kernels._runtime.triton_launch import INTERPRETED, Launch  # noqa: E402
 from fastsel.kernels._runtime.triton_proof import assert_sound, code_of  # noqa: E402
 from fastsel.kernels.facility_location import facility_location, reference  # noqa: E402
@@ -46,6 +46,7 @@ def compare(inputs):
 
     A gain may err by twice as much as plain float32 code does, and by the roundings of float32 sums within a tile.
     """
+    inputs = [placed(x) for x in inputs]
     candidates, points, best, raised, weights, similarity, gamma = inputs
     got = facility_location(
         candidates, points, best, raised=raised, weights=weights, similarity=similarity, gamma=gamma,
@@ -133,9 +134,9 @@ def check_values_of_any_strides_and_with_some_points_unset():
 
 @small
 def check_points_that_did_not_move_add_nothing_and_runs_repeat():
-    candidates, points, best, *_, similarity, gamma = make_inputs(Case("m", 90, 80, 48, ""), torch.float32, "cpu")
+    candidates, points, best, *_ = map(placed, make_inputs(Case("m", 90, 80, 48, ""), torch.float32, "cpu"))
     still = facility_location(candidates, points, best, raised=best.clone(), implementation="triton")
-    assert torch.equal(still, torch.zeros(90, dtype=torch.float64))
+    assert still.tolist() == [0.0] * 90
     first, again = (facility_location(candidates, points, best, implementation="triton") for _ in range(2))
     assert torch.equal(first, again) and first.max() > 0
     raised = torch.maximum(best, points @ points[3])
@@ -154,6 +155,7 @@ def split_kernel(x_ptr, high_ptr, rest_ptr, N: tl.constexpr):
 
 def check_numbers_split_for_tf32_lose_nothing():
     x = torch.cat([torch.randn(2046) * 10.0 ** torch.arange(-30, 32, 62 / 2046).floor(), torch.tensor([0.0, -0.0])])
+    x = placed(x)
     high, rest = torch.empty_like(x), torch.empty_like(x)
     Launch(split_kernel, (1,), {"x_ptr": x, "high_ptr": high, "rest_ptr": rest}, {"N": 2048}, {"num_warps": 4}).run()
     assert torch.equal(high.double() + rest.double(), x.double())
@@ -162,9 +164,9 @@ def check_numbers_split_for_tf32_lose_nothing():
 
 
 @pytest.mark.slow
-def check_rows_beyond_two_to_the_31(tmp_path):
+def check_rows_beyond_two_to_the_31(spread_storage):
     stride = 2**22  # elements: row 512 begins at 2^31
-    storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=520 * stride, dtype=torch.bfloat16)
+    storage = spread_storage(520 * stride, torch.bfloat16)
     far = storage.as_strided((520, 16), (stride, 1))
     far.copy_(torch.randn(520, 16))
     near = torch.randn(40, 16, dtype=torch.bfloat16)

@@ -6,7 +6,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from fastsel.kernels._runtime import triton_predict, triton_proof  # noqa: E402
-from fastsel.kernels._runtime.testing import assert_as_exact  # noqa: E402
+from fastsel.kernels._runtime.testing import assert_as_exact, placed  # noqa: E402
 from fastsel.kernels._runtime.triton_launch import INTERPRETED, Launch  # noqa: E402
 from fastsel.kernels._runtime.triton_proof import assert_sound, code_of  # noqa: E402
 from fastsel.kernels.k_center import gpu_triton as kernel  # noqa: E402
@@ -38,6 +38,7 @@ def test_refuses_what_it_cannot_take():
 
 
 def compare(inputs):
+    inputs = [placed(x) for x in inputs]
     points, centres, nearest, rows, *sqnorms = inputs
     got = k_center(
         points, centres, nearest, rows=rows, point_sqnorms=sqnorms[0], centre_sqnorms=sqnorms[1],
@@ -87,9 +88,9 @@ def check_values_of_any_strides_and_ties():
 
 
 @pytest.mark.slow
-def check_rows_beyond_two_to_the_31(tmp_path):
+def check_rows_beyond_two_to_the_31(spread_storage):
     far = 2**30  # elements between rows: row 2 begins at 2^31
-    storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2 * far + 16, dtype=torch.float32)
+    storage = spread_storage(2 * far + 16, torch.float32)
     points = storage.as_strided((3, 16), (far, 1))
     points.copy_(torch.randn(3, 16))
     sqnorms = points.square().sum(1)

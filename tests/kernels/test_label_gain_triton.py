@@ -5,11 +5,12 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from fastsel.kernels._runtime.testing import assert_as_exact  # noqa: E402
+from fastsel.kernels._runtime.testing import assert_as_exact, placed  # noqa: E402
 from fastsel.kernels._runtime.triton_launch import INTERPRETED  # noqa: E402
 from fastsel.kernels._runtime.triton_proof import assert_sound, compile_launch, programs_per_multiprocessor  # noqa: E402
 from fastsel.kernels.label_gain import gpu_triton, label_gain  # noqa: E402
 from fastsel.kernels.label_gain.cases import CASES, Case, make_inputs  # noqa: E402
+from fastsel.kernels.label_gain.label_rows import LabelRows  # noqa: E402
 
 OPTIONS = ("rule", "phi", "a", "b", "alpha")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -27,8 +28,13 @@ def test_values_under_the_interpreter(expression, run_under_the_interpreter):
 # ------------------------------------------------------------------------------------ in the interpreter's process
 
 
+def placed_rows(label_rows):
+    arrays = (label_rows.indptr, label_rows.indices, label_rows.values)
+    return LabelRows(*map(placed, arrays), label_rows.n_labels)
+
+
 def compare(inputs):
-    label_rows, state, rows, *options = inputs
+    label_rows, state, rows, *options = (placed_rows(x) if isinstance(x, LabelRows) else placed(x) for x in inputs)
     options = dict(zip(OPTIONS, options, strict=True))
     got = label_gain(label_rows, state, rows, **options, implementation="triton")
     truth = label_gain(label_rows, state, rows, **options, implementation="reference")
@@ -80,8 +86,6 @@ def check_planted_reading_past_the_entries_is_caught():
 
 def launches(architecture, dtype, rule, phi="power", asked=None):
     """Those of the tulu3 case, on tensors without memory."""
-    from fastsel.kernels.label_gain.label_rows import LabelRows
-
     label_rows = object.__new__(LabelRows)
     label_rows.indptr = torch.empty(939_001, dtype=torch.int64, device="meta")
     label_rows.indices = torch.empty(18_780_000, dtype=torch.int32, device="meta")

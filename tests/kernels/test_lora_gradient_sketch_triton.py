@@ -6,7 +6,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from fastsel.kernels._runtime import triton_predict, triton_proof, triton_sjlt  # noqa: E402
-from fastsel.kernels._runtime.testing import assert_as_exact  # noqa: E402
+from fastsel.kernels._runtime.testing import assert_as_exact, placed  # noqa: E402
 from fastsel.kernels._runtime.triton_launch import INTERPRETED, Launch  # noqa: E402
 from fastsel.kernels._runtime.triton_proof import assert_sound, code_of  # noqa: E402
 from fastsel.kernels.lora_gradient_sketch import AdamStep, SketchSpec, predicted_work, reference  # noqa: E402
@@ -40,6 +40,7 @@ def test_refuses_what_it_cannot_take():
 
 
 def compare(inputs, exact_results=None):
+    inputs = [placed(x) for x in inputs]
     got = kernel.compute(*inputs)
     widened = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
     truth, plain = exact_results or (reference.compute(*widened), reference.compute(*inputs))
@@ -100,13 +101,13 @@ def check_values_of_several_tiles_and_chunks(dtype):
 @small
 @pytest.mark.parametrize("sparsity", [1, 3])
 def check_sketches_of_coordinates_that_begin_anywhere(sparsity):
-    inputs = make_inputs(SMALL._replace(s=0, sparsity=sparsity), torch.float32, "cpu")
+    inputs = [placed(x) for x in make_inputs(SMALL._replace(s=0, sparsity=sparsity), torch.float32, "cpu")]
     for first in (2**31 - 50, 2**40 + 5):
         compare((*inputs[:-2], SketchSpec(40, seed=-3, first=first, sparsity=sparsity), None))
-    out = torch.ones(4, 40)
+    out = placed(torch.ones(4, 40))
     got = kernel.compute(*inputs[:-1], out)
     assert got.sketch is out
-    wide = torch.ones(4, 80)[:, ::2]
+    wide = placed(torch.ones(4, 80))[:, ::2]
     torch.testing.assert_close(kernel.compute(*inputs[:-1], wide).sketch, out, rtol=1e-6, atol=1e-5)
 
 
@@ -121,7 +122,7 @@ def check_values_with_the_tiles_of_every_architecture(architecture, dtype, monke
 @small
 def check_an_example_that_is_not_finite_spoils_itself_alone():
     for step in ("less", "sign"):
-        inputs = make_inputs(SMALL._replace(step=step, k=0), torch.float32, "cpu")
+        inputs = [placed(x) for x in make_inputs(SMALL._replace(step=step, k=0), torch.float32, "cpu")]
         clean = kernel.compute(*inputs)
         for value in (torch.nan, torch.inf):
             inputs[0][5, 3] = value  # in the second example

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from fastsel.kernels._runtime import triton_predict, triton_proof  # noqa: E402
-from fastsel.kernels._runtime.testing import assert_as_exact  # noqa: E402
+from fastsel.kernels._runtime.testing import assert_as_exact, placed  # noqa: E402
 from fastsel.kernels._runtime.triton_launch import INTERPRETED, Launch  # noqa: E402
 from fastsel.kernels._runtime.triton_proof import TARGETS, assert_sound  # noqa: E402
 from fastsel.kernels.novelty import gpu_triton as kernel  # noqa: E402
@@ -42,6 +42,7 @@ small = pytest.mark.usefixtures("small_tiles")
 
 def compare(inputs):
     """The kernel against the reference in float64; returns the kernel's result."""
+    inputs = [placed(x) for x in inputs]
     *tensors, rank_by = inputs
     got = novelty(*tensors, rank_by=rank_by, implementation="triton")
     truth = reference.compute(*(None if x is None else x.double() for x in tensors), rank_by)
@@ -83,7 +84,7 @@ def check_tiles_as_they_are(rank_by, dtype):
 @pytest.mark.parametrize("architecture", TARGETS)
 def check_values_of_every_architecture(architecture, dtype):
     """The first step alone: two blocks of rows, several of picks, a masked end of features, padding behind them."""
-    inputs = make_inputs(Case("tiles", 140, 300, 80, ""), dtype, "cpu")
+    inputs = [placed(x) for x in make_inputs(Case("tiles", 140, 300, 80, ""), dtype, "cpu")]
     rows, picks, _, p, q, _ = inputs
     launch = kernel.plan(*inputs, architecture=architecture)[1][0]
     launch.run()
@@ -131,9 +132,9 @@ def check_the_bits_repeat_and_do_not_depend_on_the_batch():
 
 @pytest.mark.slow
 @small
-def check_rows_beyond_two_to_the_31(tmp_path):
+def check_rows_beyond_two_to_the_31(spread_storage):
     far = 2**30  # elements between rows: row 2 begins at 2^31
-    storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2 * far + 16, dtype=torch.float32)
+    storage = spread_storage(2 * far + 16, torch.float32)
     rows = storage.as_strided((3, 16), (far, 1))
     rows.copy_(torch.randn(3, 16))
     weights = torch.ones(3, 1, dtype=torch.float64)

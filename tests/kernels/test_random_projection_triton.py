@@ -6,7 +6,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from fastsel.kernels._runtime import rng, triton_predict, triton_proof, triton_sjlt  # noqa: E402
-from fastsel.kernels._runtime.testing import assert_as_exact  # noqa: E402
+from fastsel.kernels._runtime.testing import assert_as_exact, placed  # noqa: E402
 from fastsel.kernels._runtime.triton_launch import INTERPRETED, Launch  # noqa: E402
 from fastsel.kernels._runtime.triton_proof import assert_sound, code_of  # noqa: E402
 from fastsel.kernels.random_projection import gpu_triton as kernel  # noqa: E402
@@ -36,7 +36,7 @@ def test_refuses_what_it_cannot_take():
 
 
 def compare(inputs):
-    x, k, options, out = inputs
+    x, k, options, out = map(placed, inputs)
     got = random_projection(x, k, **options, out=out.clone(), implementation="triton")
     truth = random_projection(x.double(), k, **options, out=out.double(), implementation="reference")
     plain = random_projection(x, k, **options, out=out.clone(), implementation="reference")
@@ -104,27 +104,28 @@ def check_values_with_the_tiles_of_every_architecture(architecture, name, monkey
 def check_values_are_the_map_backwards():
     """Ones in one block: out is the sign at each row that a coordinate meets."""
     rows, signs = rng.sjlt_map(3, torch.arange(2**40, 2**40 + 64), 100, 1)
-    got = random_projection(torch.ones(1, 64), 100, seed=3, first=2**40, implementation="triton")
-    assert torch.equal(got, torch.zeros(1, 100).scatter_(1, rows, signs))
+    got = random_projection(placed(torch.ones(1, 64)), 100, seed=3, first=2**40, implementation="triton")
+    assert torch.equal(got.cpu(), torch.zeros(1, 100).scatter_(1, rows, signs))
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("kind", ["sjlt", "rademacher"])
 def check_values_of_any_strides_and_a_bad_row(kind):
-    x = torch.randn(3, 200)
+    x = placed(torch.randn(3, 200))
     x[1, 5] = float("nan")
     clean = random_projection(x, 33, kind=kind, implementation="triton")
     assert torch.isfinite(clean[[0, 2]]).all() and clean[1].isnan().any()
     turned = random_projection(x.T.contiguous().T, 33, kind=kind, implementation="triton")
-    out = torch.zeros(3, 64)[:, 5:38]
-    random_projection(torch.randn(6, 400)[::2, ::2].copy_(x), 33, kind=kind, out=out, implementation="triton")
+    out = placed(torch.zeros(3, 64))[:, 5:38]
+    wide = placed(torch.randn(6, 400))[::2, ::2].copy_(x)
+    random_projection(wide, 33, kind=kind, out=out, implementation="triton")
     assert torch.equal(turned[[0, 2]], clean[[0, 2]]) and torch.equal(out[[0, 2]], clean[[0, 2]])
 
 
 @pytest.mark.parametrize("kind", ["sjlt", "rademacher"])
-def check_values_of_elements_beyond_two_to_the_31(kind, tmp_path):
+def check_values_of_elements_beyond_two_to_the_31(kind, spread_storage):
     far = 2**31 + 64
-    storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2 * far + 128, dtype=torch.float32)
+    storage = spread_storage(2 * far + 128, torch.float32)
     x = storage.as_strided((3, 128), (far, 1))
     x.copy_(torch.randn(3, 128))
     got = random_projection(x, 17, kind=kind, first=2**40, implementation="triton")

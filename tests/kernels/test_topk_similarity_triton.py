@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from fastsel.kernels._runtime import triton_predict  # noqa: E402
-from fastsel.kernels._runtime.testing import assert_as_exact  # noqa: E402
+from fastsel.kernels._runtime.testing import assert_as_exact, placed  # noqa: E402
 from fastsel.kernels._runtime.triton_launch import INTERPRETED, Launch  # noqa: E402
 from fastsel.kernels._runtime.triton_proof import MATRIX_OPCODE, TARGETS, assert_sound, code_of  # noqa: E402
 from fastsel.kernels.topk_similarity import gpu_triton as kernel  # noqa: E402
@@ -41,6 +41,7 @@ small = pytest.mark.usefixtures("small_tiles")
 
 def compare(inputs):
     """The kernel against the reference in float64; returns the kernel's results."""
+    inputs = [placed(x) for x in inputs]
     queries, points, k, metric, exclude, minimum = inputs
     got = topk_similarity(
         queries, points, k, metric=metric, exclude=exclude, minimum=minimum, implementation="triton"
@@ -103,6 +104,7 @@ def check_points_with_nan_are_as_if_they_were_not_there():
     queries, points, k, *_ = make_inputs(Case("nan", 5, 70, 16, 5, ""), torch.float32, "cpu")
     points[[0, 41]] = torch.nan
     queries[3, 1] = torch.nan
+    queries, points = placed(queries), placed(points)
     for metric in ("dot", "sqeuclidean"):
         got = topk_similarity(queries, points, k, metric=metric, minimum=True, implementation="triton")
         truth = reference.compute(queries.double(), points.double(), k, metric, None, True)
@@ -130,9 +132,9 @@ def check_the_bits_do_not_depend_on_slices_or_on_the_batch(monkeypatch):
 
 @pytest.mark.slow
 @small
-def check_rows_beyond_two_to_the_31(tmp_path):
+def check_rows_beyond_two_to_the_31(spread_storage):
     far = 2**30  # elements between rows: row 2 begins at 2^31
-    storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2 * far + 16, dtype=torch.float32)
+    storage = spread_storage(2 * far + 16, torch.float32)
     rows = storage.as_strided((3, 16), (far, 1))
     rows.copy_(torch.randn(3, 16))
     compare((rows, torch.randn(20, 16), 2, "dot", None, True))

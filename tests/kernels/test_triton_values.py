@@ -10,7 +10,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from fastsel.kernels._runtime import triton_blocks  # noqa: E402
-from fastsel.kernels._runtime.testing import assert_as_exact  # noqa: E402
+from fastsel.kernels._runtime.testing import assert_as_exact, placed  # noqa: E402
 from fastsel.kernels._runtime.triton_launch import INTERPRETED, Launch  # noqa: E402
 from fastsel.kernels.linear_token_stats import api as stats_api  # noqa: E402
 from fastsel.kernels.linear_token_stats import cases as stats_cases  # noqa: E402
@@ -81,6 +81,7 @@ def widened(inputs):
 
 def compare_stats(inputs):
     """The kernel against the reference in float64, field by field; returns the kernel's results."""
+    inputs = [placed(x) for x in inputs]
     got = stats_api.linear_token_stats(*inputs, implementation="triton")._asdict()
     truth, plain = stats_reference.compute(*widened(inputs)), stats_reference.compute(*inputs)
     length = inputs[0].shape[1] + inputs[1].shape[0]
@@ -120,7 +121,8 @@ def check_stats_tiles_of_every_architecture(architecture, dtype, outputs, monkey
 
 @small
 def check_stats_outputs_alone_are_the_same():
-    *inputs, outputs = stats_cases.make_inputs(stats_cases.Case("small", 5, 32, 300, ""), torch.float32, "cpu")
+    case = stats_cases.Case("small", 5, 32, 300, "")
+    *inputs, outputs = map(placed, stats_cases.make_inputs(case, torch.float32, "cpu"))
     together = stats_api.linear_token_stats(*inputs, outputs, implementation="triton")._asdict()
     for name in outputs:
         alone = stats_api.linear_token_stats(*inputs, (name,), implementation="triton")._asdict()
@@ -171,7 +173,7 @@ def check_stats_ties_go_to_the_first_word_and_large_logits_keep_their_digits():
     weight = torch.randint(-2, 3, (300, 32)).float().repeat(4, 1)  # every word four times, in two slices
     targets = torch.arange(9)
     got = compare_stats((hidden, weight, targets, None, None, 1.0, stats_cases.ALL_OUTPUTS))
-    assert torch.equal(got["argmax"], (hidden @ weight[:300].T).argmax(1))
+    assert torch.equal(got["argmax"], placed((hidden @ weight[:300].T).argmax(1)))
     assert torch.equal(got["top1_logprob"], got["top2_logprob"])
     compare_stats((hidden * 64, weight * 64, targets, None, None, 1.0, stats_cases.ALL_OUTPUTS))
 
@@ -179,7 +181,7 @@ def check_stats_ties_go_to_the_first_word_and_large_logits_keep_their_digits():
 @small
 def check_stats_repeat_bit_for_bit_and_do_not_depend_on_the_batch():
     *inputs, outputs = stats_cases.make_inputs(stats_cases.Case("b", 70, 32, 200, ""), torch.float32, "cpu")
-    hidden, weight, targets, *options = inputs
+    hidden, weight, targets, *options = map(placed, inputs)
     first, again, few = (
         stats_api.linear_token_stats(hidden[:n], weight, targets[:n], *options, outputs, implementation="triton")
         for n in (70, 70, 5)
@@ -189,9 +191,9 @@ def check_stats_repeat_bit_for_bit_and_do_not_depend_on_the_batch():
 
 
 @pytest.mark.slow
-def check_stats_address_rows_beyond_two_to_the_31(tmp_path):
+def check_stats_address_rows_beyond_two_to_the_31(spread_storage):
     far = 2**30  # elements between rows: row 2 begins at 2^31
-    storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2 * far + 16, dtype=torch.float32)
+    storage = spread_storage(2 * far + 16, torch.float32)
     hidden = storage.as_strided((3, 16), (far, 1))
     hidden.copy_(torch.randn(3, 16))
     weight, targets = torch.randn(50, 16), torch.tensor([1, 2, 3])
@@ -200,7 +202,7 @@ def check_stats_address_rows_beyond_two_to_the_31(tmp_path):
 
 
 def compare_attention(case, dtype):
-    *qkv, segments, window, softcap, scale = tree_cases.make_inputs(case, dtype, "cpu")
+    *qkv, segments, window, softcap, scale = map(placed, tree_cases.make_inputs(case, dtype, "cpu"))
     got = tree_api.tree_attention(*qkv, segments, window=window, softcap=softcap, scale=scale, implementation="triton")
     options = (segments, window, softcap, scale)
     truth = tree_reference.compute(*(x.double() for x in qkv), *options)
@@ -247,7 +249,7 @@ def check_attention_tiles_of_every_architecture(architecture, head, dtype, monke
 def check_attention_keeps_nan_with_the_descendants():
     case = tree_cases.Case("poisoned", *FOREST, 1, 1, 16, 16, "")
     segments = tree_cases.make_inputs(case, torch.float32, "cpu")[3]
-    query, key, value = (torch.randn(segments.n_tokens, 1, 16) for _ in range(3))
+    query, key, value = (placed(torch.randn(segments.n_tokens, 1, 16)) for _ in range(3))
     before = tree_api.tree_attention(query, key, value, segments, implementation="triton")
     poisoned = slice(segments.start_list[3], segments.start_list[4])
     key[poisoned] = value[poisoned] = torch.nan
@@ -260,6 +262,7 @@ def check_attention_keeps_nan_with_the_descendants():
 
 @small
 @pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter's products are counted")
 def check_attention_visits_only_blocks_in_which_something_is_seen(window, monkeypatch):
     builder = triton.runtime.interpreter.interpreter_builder
     dots = []
@@ -286,9 +289,9 @@ def check_attention_visits_only_blocks_in_which_something_is_seen(window, monkey
 
 
 @pytest.mark.slow
-def check_attention_addresses_rows_beyond_two_to_the_31(tmp_path):
+def check_attention_addresses_rows_beyond_two_to_the_31(spread_storage):
     far = 2**30
-    storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2 * far + 16, dtype=torch.float32)
+    storage = spread_storage(2 * far + 16, torch.float32)
     wide = storage.as_strided((3, 1, 16), (far, 16, 1))
     wide.copy_(torch.randn(3, 1, 16))
     segments = Segments([0, 3], [-1])
