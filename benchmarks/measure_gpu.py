@@ -212,7 +212,7 @@ def plain_novelselect(x: torch.Tensor, k: int, density: torch.Tensor) -> list[in
     """All distances to the picks are sorted before each pick, as in the authors' code."""
     values = torch.empty(len(x), k, device=x.device)
     weights = 1 / torch.arange(1, k + 1, device=x.device)
-    picks = [int(density.argmax())]
+    picks = [0]
     for t in range(1, k):
         values[:, t - 1] = (1 - x @ x[picks[-1]]) * (density + density[picks[-1]])
         scores = values[:, :t].sort(1).values @ weights[:t]
@@ -229,7 +229,7 @@ def measure_selectors(device: torch.device, divide: int) -> Iterator[dict[str, A
     ours: dict[str, Callable[[torch.Tensor, int], Any]] = {
         "facility_location": lambda x, k: selectors.facility_location(x, k),
         "k_center": lambda x, k: selectors.k_center(x, k, metric="cosine"),
-        "novelselect": lambda x, k: selectors.novelselect(x, k, density=density[: len(x)].cpu().numpy()),
+        "novelselect": lambda x, k: selectors.novelselect(x, k, first=0, density=density[: len(x)].cpu().numpy()),
     }
     plain: dict[str, Callable[[torch.Tensor, int], list[int]]] = {
         "facility_location": plain_facility_location,

@@ -67,7 +67,7 @@ def memory_given_back():
     torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize(("kernel", "case", "dtype"), cases())
+@pytest.mark.parametrize(("kernel", "case", "dtype"), list(cases()))
 @torch.inference_mode()
 def test_matches_reference(kernel, case, dtype):
     inputs = part_of(kernel, "cases").make_inputs(case, dtype, "cuda")
