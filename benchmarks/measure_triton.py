@@ -2,7 +2,7 @@
 
 python measure_triton.py -o FILE.jsonl [--predictions FILE.json] [--seconds S] [NAME ...]    rows with a NAME in them
 python measure_triton.py --predict FILE.json --chip H100                                     needs no GPU
-python measure_triton.py --compile                                                           fills Triton's cache
+python measure_triton.py --compile PROCESSES                                                 fills Triton's cache
 
 Inputs are random; the second-level cache is emptied before each call; times are medians between device events. Ours is
 the kernel's launches without the call's checks; torch is the obvious way of the same on the same tensors. Sizes are
@@ -347,7 +347,7 @@ def rows() -> Iterator[tuple[str, str, Callable[[Maker], Row]]]:
             yield f"topk_similarity, {name}", kind, partial(neighbours_row, dtype=dtype, b=b, n=n, d=d)
         for t in (1000, 4000):
             made = partial(novelty_row, dtype=dtype, n=256, t=t, rank_by="weighted")
-            yield f"novelty, scores of 256 contenders, {t:,} picks", kind, made
+            yield f"novelty, scores of 256 contenders, {t:,} picks (predicted: the distances alone)", kind, made
         made = partial(novelty_row, dtype=dtype, n=1_000_000, t=1, rank_by="order")
         yield "novelty, append bound of 1M rows", kind, made
         for of in ("sjlt", "rademacher"):
@@ -486,13 +486,13 @@ def main() -> None:
     parser.add_argument("--predictions", type=Path)
     parser.add_argument("--predict", type=Path)
     parser.add_argument("--chip", choices=CHIPS, default="H100")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", type=int, metavar="PROCESSES")
     parser.add_argument("--seconds", type=float, default=100.0)
     given = parser.parse_args()
     if given.predict:
         given.predict.write_text(json.dumps(predict_all(CHIPS[given.chip]), indent=1) + "\n")
     elif given.compile:
-        with ProcessPoolExecutor(14, mp_context=get_context("spawn")) as workers:
+        with ProcessPoolExecutor(given.compile, mp_context=get_context("spawn")) as workers:
             for problem in workers.map(compile_row, range(len(list(rows())))):
                 if problem:
                     print(problem, flush=True)
