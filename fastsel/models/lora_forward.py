@@ -32,8 +32,12 @@ from fastsel.models.segment_attention import ATTENTION_NAME, packed_lengths, seg
 
 __all__ = ["Consumer", "LabelledSequence", "LoraForward", "ModuleTokens"]
 
-# What a forward may keep for its backward; batches that would keep more compute their layers twice instead.
+# What a forward may keep for its backward; batches that would keep more compute some of their layers twice instead.
 ACTIVATION_BYTES = 1 << 30
+# The same together with prepacked weights, which leave at least so much to it, or there are none.
+PREPACKED_AND_ACTIVATION_BYTES, LEAST_ACTIVATION_BYTES = 1280 << 20, 384 << 20
+# oneDNN compiles a product for each number of rows, and keeps it; see models/prepacked.py.
+ROWS_MULTIPLE = 32
 # Largest relative difference of whole gradients that rounding can make between a packed pass and autograd's.
 PROBE_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 # Below what float16 can tell from 0 lie many of the gradients of a mean; the factor is taken out again exactly.
@@ -79,15 +83,23 @@ class LoraForward:
         self.head, self.body, self._most_packed = forward.head, forward.body, forward.same_rotation_until
         self.reason = forward.reason
         self.bytes_per_token = 0.0
+        if self.reason or self.activation_bytes < LEAST_ACTIVATION_BYTES:
+            self.lora.forget_prepacked()
         self._probe()
         self.path = "one by one" if self.reason else "packed"
         if self.reason:
+            self.lora.forget_prepacked()
             warnings.warn(
                 f"{loaded.name} cannot be packed ({self.reason}); gradients are taken one row at a time, "
                 "which is slower",
                 FastselWarning,
                 stacklevel=2,
             )
+
+    @property
+    def activation_bytes(self) -> int:
+        """What a forward may keep for its backward."""
+        return min(ACTIVATION_BYTES, PREPACKED_AND_ACTIVATION_BYTES - self.lora.prepacked_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process is sent the model and makes, and checks, a forward of its own."""
@@ -103,8 +115,8 @@ class LoraForward:
                 least one token of each is labelled.
             consumer: called with the ModuleTokens of all examples, during the backward, so from the highest layer down;
                 on the path "one by one", and for sequences that cannot be packed, for each example alone.
-            checkpointing: keep only each layer's input and compute the layer again in the backward; None does so where
-                more than ACTIVATION_BYTES would be kept.
+            checkpointing: keep only each layer's input and compute the layer again in the backward; None does so with
+                as many layers as it takes to keep at most activation_bytes.
 
         Returns:
             Float64 [n], on the CPU: each example's loss. NaN where its logits are not finite, which leaves the others
@@ -147,18 +159,20 @@ class LoraForward:
         *,
         packed: bool,
     ) -> None:
-        batch = lay_out(examples[members], self.loaded.device, self._scale)
-        n_tokens = int(batch.offsets[-1])
+        multiple = ROWS_MULTIPLE if packed and self.lora.prepacked_bytes else 1
+        batch = lay_out(examples[members], self.loaded.device, self._scale, multiple)
+        n_tokens = sum(batch.lengths)
+        twice = float(checkpointing or False)  # share of the layers
         if checkpointing is None:
-            checkpointing = n_tokens * self.bytes_per_token > ACTIVATION_BYTES
+            twice = max(0.0, 1 - self.activation_bytes / (n_tokens * self.bytes_per_token or 1.0))
         row_counts = [n_tokens] if packed else batch.lengths
         capture = Capture(self.modules, consumer, batch.offsets, members, self._scale, row_counts)
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(_frozen(self.loaded.model))
-            stack.enter_context(self.lora.active(capture.hand_over, capture.on_forward))
-            if checkpointing:
-                stack.enter_context(layers_computed_twice(self.body, with_dropout=False))
+            stack.enter_context(self.lora.active(capture.hand_over, capture.on_forward, prepacked=packed))
+            if twice:
+                stack.enter_context(layers_computed_twice(self.body, with_dropout=False, share=twice))
             if packed:
                 stack.enter_context(packed_lengths(batch.lengths))
                 stack.enter_context(attention_switched(self._inner, ATTENTION_NAME))
@@ -209,7 +223,8 @@ class LoraForward:
                     continue
             weights = {p.untyped_storage().data_ptr() for p in self.loaded.model.parameters()}
             sizes = [len(sequence.ids) - 1 for example in examples for sequence in example]
-            n_tokens = sum(sizes) if path == "packed" else max(sizes)
+            filler = -sum(sizes) % ROWS_MULTIPLE if self.lora.prepacked_bytes else 0
+            n_tokens = sum(sizes) + filler if path == "packed" else max(sizes)
             self.bytes_per_token = sum(size for at, size in kept.items() if at not in weights) / n_tokens
             difference = float(((found - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-30)).max())
             if difference <= tolerance:

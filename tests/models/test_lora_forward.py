@@ -327,10 +327,11 @@ def test_flags_and_layers_are_left_as_they_were():
 
 
 def test_large_models_form_merged_weights_when_needed(monkeypatch):
-    from fastsel.models import lora_modules
+    from fastsel.models import lora_modules, prepacked
 
     model = adapted(*ARCHITECTURES["llama"])
     examples = some_examples()
+    monkeypatch.setattr(prepacked, "MOST_BYTES", 0)
     kept, _ = dense(forward_of(model), examples)
     monkeypatch.setattr(lora_modules, "MOST_MERGED_BYTES", 0)
     forward = forward_of(model)
