@@ -37,7 +37,7 @@ ACTIVATION_BYTES = 1 << 30
 # The same together with prepacked weights, which leave at least so much to it, or there are none.
 PREPACKED_AND_ACTIVATION_BYTES, LEAST_ACTIVATION_BYTES = 1280 << 20, 384 << 20
 # oneDNN compiles a product for each number of rows, and keeps it; see models/prepacked.py.
-ROWS_MULTIPLE = 32
+ROWS_MULTIPLE = 16
 # Largest relative difference of whole gradients that rounding can make between a packed pass and autograd's.
 PROBE_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 # Below what float16 can tell from 0 lie many of the gradients of a mean; the factor is taken out again exactly.

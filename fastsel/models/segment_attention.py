@@ -1,7 +1,7 @@
 """Attention over sequences that lie one after another in a packed row, with a backward.
 
-kernels.tree_attention computes the same, forwards only. Sequences share nothing here: what one example's tokens pass
-back must not mix with another's.
+Sequences share nothing here: what one example's tokens pass back must not mix with another's. On a CPU both directions
+are kernels.tree_attention's; elsewhere, and in 16 bits, they are torch's own, one call a sequence.
 """
 
 import threading
@@ -13,12 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastsel.kernels.tree_attention import Segments, tree_attention
+from fastsel.kernels.tree_attention import Segments, tree_attention, tree_attention_gradient
 from fastsel.models.packed import refuse_unusual
 
 ATTENTION_NAME = "fastsel_segments"
-# Queries that a backward works on together: keys after them are not read, and their scores stay in the cache.
-QUERY_BLOCK = 128
 
 _segments: Segments | None = None
 # A plain global under a lock, not a context variable: on a GPU the backward has a thread of its own.
@@ -62,7 +60,7 @@ def segment_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64):
         how = _segments, scale, sliding_window, softcap
-        out: torch.Tensor = _BlockedAttention.apply(query, key, value, *how)  # type: ignore[no-untyped-call]
+        out: torch.Tensor = _PackedAttention.apply(query, key, value, *how)  # type: ignore[no-untyped-call]
         return out, None
     grouped = query.shape[1] // key.shape[1]
     if grouped > 1:
@@ -74,11 +72,8 @@ def segment_attention(
     return torch.cat(attended, 2).transpose(1, 2).contiguous(), None
 
 
-class _BlockedAttention(torch.autograd.Function):
-    """tree_attention forwards; backwards, the scores of a block of queries again and matrix products; on a CPU.
-
-    All queries of a key's head are rows of one matrix there, so that grouped keys need no copies.
-    """
+class _PackedAttention(torch.autograd.Function):
+    """tree_attention and its gradient, which keep the inputs only; on a CPU."""
 
     @staticmethod
     def forward(
@@ -91,51 +86,16 @@ class _BlockedAttention(torch.autograd.Function):
         window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.how = segments, window, softcap, scale
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        out = tree_attention(q, k, v, segments, window, softcap, scale)
-        ctx.save_for_backward(query, key, value, out)
-        ctx.how = segments, scale, window, softcap
-        return out[None]
+        return tree_attention(q, k, v, segments, window, softcap, scale)[None]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, out = ctx.saved_tensors
-        segments, scale, window, softcap = ctx.how
-        d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        d_out = gradients[0].transpose(1, 2)  # [1, h, t, dv]
-        # What softmax's derivative takes off every score of a query: sum_j p_j (dp)_j = <out, d_out>.
-        common = torch.linalg.vecdot(out.transpose(0, 1)[None], d_out)[..., None]
-        heads = key.shape[1]
-        for first, end in zip(segments.start_list, segments.start_list[1:], strict=False):
-            for start in range(first, end, QUERY_BLOCK):
-                stop = min(start + QUERY_BLOCK, end)
-                oldest = first if window is None else max(first, start + 1 - window)
-                # [heads of keys, queries of all their groups, .] and [heads of keys, keys, .]
-                q, d_o, shared = (x[0, :, start:stop].reshape(heads, -1, x.shape[-1]) for x in (query, d_out, common))
-                k, v = key[0, :, oldest:stop], value[0, :, oldest:stop]
-                scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
-                slope = None
-                if softcap is not None:
-                    scores = scores.div_(softcap).tanh_()
-                    slope = 1 - scores.square()
-                    scores.mul_(softcap)
-                by_query = scores.view(heads, -1, stop - start, stop - oldest)
-                by_query.masked_fill_(_hidden(start - oldest, stop - start, window, query.device), float("-inf"))
-                weights = torch.softmax(scores, -1)
-                d_value[0, :, oldest:stop] += torch.bmm(weights.transpose(1, 2), d_o)
-                d_scores = torch.bmm(d_o, v.transpose(1, 2)).sub_(shared).mul_(weights).mul_(scale)
-                if slope is not None:
-                    d_scores *= slope
-                d_query[0, :, start:stop] = torch.bmm(d_scores, k).view(-1, stop - start, k.shape[-1])
-                d_key[0, :, oldest:stop] += torch.bmm(d_scores.transpose(1, 2), q)
-        return d_query, d_key, d_value, None, None, None, None
-
-
-def _hidden(n_before: int, n_queries: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Bool [queries, n_before + queries]: the last keys are the queries' own; a query sees its own and older ones."""
-    age = torch.arange(n_queries, device=device)[:, None] + n_before
-    age = age - torch.arange(n_before + n_queries, device=device)
-    return (age < 0) if window is None else (age < 0) | (age >= window)
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in ctx.saved_tensors)
+        found = tree_attention_gradient(q, k, v, gradients[0][0], *ctx.how)
+        return (*(gradient.transpose(0, 1)[None] for gradient in found), None, None, None, None)
 
 
 def _attend(

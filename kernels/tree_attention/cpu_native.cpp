@@ -33,6 +33,12 @@ struct Rows {  // [t, heads, depth]: strides in elements, depth contiguous
     const float* at(int64_t token, int64_t head) const { return data + token * token_stride + head * head_stride; }
 };
 
+}  // namespace
+
+#include "gradient.h"
+
+namespace {
+
 struct Problem {
     Rows query, key, value;
     int64_t t, h, hk, d, dv;
@@ -241,5 +247,38 @@ FASTSEL_EXPORT(tree_attention)(
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < blocks * hk; ++task)
             run_task(p, packed, task / hk, task % hk, scratch + omp_get_thread_num() * thread_floats(d, dv));
+    }
+}
+
+// Floats of workspace that tree_attention_gradient needs.
+FASTSEL_EXPORT(tree_attention_gradient_workspace)(
+    int64_t h, int64_t hk, int64_t d, int64_t dv, const int64_t* starts, int64_t segments, int32_t threads,
+    int64_t* floats) {
+    GradientProblem p{};
+    p.h = h, p.hk = hk, p.d = d, p.dv = dv;
+    *floats = threads * GradientRoom(p, longest_segment(starts, segments), nullptr).floats;
+}
+
+// query and d_out [t, h, .], key and value [t, hk, .] are float32 with strides in elements for tokens and heads; the
+// gradients are contiguous. No segment continues another. window 0 means none.
+FASTSEL_EXPORT(tree_attention_gradient)(
+    const float* query, int64_t query_token_stride, int64_t query_head_stride, const float* key,
+    int64_t key_token_stride, int64_t key_head_stride, const float* value, int64_t value_token_stride,
+    int64_t value_head_stride, const float* d_out, int64_t d_out_token_stride, int64_t d_out_head_stride, int64_t h,
+    int64_t hk, int64_t d, int64_t dv, const int64_t* starts, int64_t segments, int64_t window, float scale,
+    int32_t threads, float* workspace, float* d_query, float* d_key, float* d_value) {
+    const GradientProblem p{
+        {query, query_token_stride, query_head_stride},
+        {key, key_token_stride, key_head_stride},
+        {value, value_token_stride, value_head_stride},
+        {d_out, d_out_token_stride, d_out_head_stride},
+        h, hk, d, dv, starts, segments, window, scale, d_query, d_key, d_value};
+    const int64_t longest = longest_segment(starts, segments);
+    const int64_t floats = GradientRoom(p, longest, workspace).floats;
+#pragma omp parallel num_threads(threads)
+    {
+        const GradientRoom room(p, longest, workspace + omp_get_thread_num() * floats);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < segments * hk; ++task) differentiate_segment(p, room, task / hk, task % hk);
     }
 }

@@ -65,3 +65,37 @@ def compute(
         *(threads, workspace.data_ptr(), out.data_ptr()),
     )
     return out
+
+
+def gradient(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    d_out: torch.Tensor,
+    segments: Segments,
+    window: int | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See gradient.tree_attention_gradient."""
+    (t, h, d), (hk, dv), threads = query.shape, value.shape[1:], native.num_threads()
+    gradients = query.new_empty(t, h, d), query.new_empty(t, hk, d), query.new_empty(t, hk, dv)
+    if t == 0 or dv == 0:
+        return gradients[0].zero_(), gradients[1].zero_(), gradients[2]
+    inputs = [x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value, d_out)]
+    needed = c_int64()
+    native.function("tree_attention_gradient_workspace", *[c_int64] * 4, c_void_p, c_int64, c_int32, POINTER(c_int64))(
+        h, hk, d, dv, segments.starts.data_ptr(), len(segments), threads, byref(needed)
+    )
+    workspace = torch.empty(needed.value, dtype=torch.float32, device="cpu")
+    native.function(
+        "tree_attention_gradient",
+        *(c_void_p, c_int64, c_int64) * 4,
+        *(c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_float, c_int32, c_void_p),
+        *(c_void_p, c_void_p, c_void_p),
+    )(
+        *(part for x in inputs for part in (x.data_ptr(), x.stride(0), x.stride(1))),
+        *(h, hk, d, dv, segments.starts.data_ptr(), len(segments)),
+        *(0 if window is None else min(window, 2**31 - 1), scale, threads, workspace.data_ptr()),
+        *(x.data_ptr() for x in gradients),
+    )
+    return gradients
