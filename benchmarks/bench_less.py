@@ -68,10 +68,10 @@ class Setting:
         self.targets = torch.nn.functional.normalize(torch.randn(N_TARGETS, p, generator=generator), dim=1)
         self.adam = GradientRule("adam", moments=self.moments)
 
-    def run(self, rule):
+    def run(self, rule, rows=None):
         """[rows, dots and norm | k | p] in the order of the rows; rule None: nothing is made of the gradients."""
-        found = {}
-        for batch in batches(self.rows, _batch_tokens(self.forward)):
+        rows, found = self.rows if rows is None else rows, {}
+        for batch in batches(rows, _batch_tokens(self.forward)):
             examples = [[LabelledSequence(*sequence) for sequence in row.sequences] for row in batch]
             features = None if rule is None else BatchFeatures(len(batch), self.forward, rule, "auto")
             self.forward.run(examples, features or (lambda part: None))
@@ -81,7 +81,7 @@ class Setting:
                 kept = features.dense if rule.dense else features.sketch
             if rule is not None:
                 found |= zip((row.row_id for row in batch), kept, strict=True)
-        return torch.stack([found[row.row_id] for row in self.rows]) if found else None
+        return torch.stack([found[row.row_id] for row in rows]) if found else None
 
     def one_by_one(self):
         """[rows, p]: as one writes it first."""
@@ -109,8 +109,10 @@ def setting():
 
 
 def same_gradients(ours, theirs):
-    error = ((ours - theirs).norm(dim=1) / theirs.norm(dim=1)).max()
-    assert error < 1e-4, f"a gradient differs by {error:.1e}"
+    """Up to what autograd's float32 loss errs by: 1.5e-4 at most, 7e-5 on average; ours: 1e-5 and 6e-6."""
+    error = (ours - theirs).norm(dim=1) / theirs.norm(dim=1)
+    assert error.max() < 2e-4, f"a gradient differs by {error.max():.1e}"
+    assert error.median() < 1e-4, f"half the gradients differ by {error.median():.1e}"
 
 
 @pytest.mark.slow
@@ -205,4 +207,51 @@ def test_features_beside_the_authors(compare_all, setting, authors, mode):
     compare_all(
         lambda: setting.run(rule), [{"name": AUTHORS, "call": authors, "check": check}], op="less", rounds=3,
         case=f"features, {what}, k={SKETCH_SIZE}, {setting.case}",
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_scores_beside_dattri(compare, setting, tmp_path):
+    """LESS's cosines at one checkpoint; its Adam is torch's: bias-corrected, eps outside the root.
+
+    Its loader pads nothing and stacks rows of one length only, so its batches are of one row.
+    """
+    dattri_llm = pytest.importorskip("dattri_llm", reason="needs dattri-llm 0.1.0")
+    warnings.simplefilter("ignore")  # theirs
+    n_targets = len(setting.rows) // 4
+    inputs = []
+    for ids, labelled in setting.sequences:
+        labels = torch.full((len(ids),), -100)
+        labels[labelled] = torch.tensor(ids)[labelled]
+        inputs.append({"input_ids": torch.tensor(ids), "labels": labels})
+    parameters = [p for p in setting.model.parameters() if p.requires_grad]
+    optimizer, first = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0), 0
+    for p in parameters:
+        part = slice(first, first := first + p.numel())
+        moments = {"exp_avg": setting.moments.exp_avg[part], "exp_avg_sq": setting.moments.exp_avg_sq[part]}
+        optimizer.state[p] = {name: x.reshape(p.shape).clone() for name, x in moments.items()}
+        optimizer.state[p]["step"] = torch.tensor(float(setting.moments.step))
+    arguments = dattri_llm.AttributionArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=1, per_device_eval_batch_size=1, use_cpu=True
+    )
+    task = dattri_llm.AttributionTask(lambda model, batch: model(**batch).loss, setting.model)
+
+    def theirs():
+        attributor = dattri_llm.LESSAttributor(arguments, task=task, optimizers=[optimizer])
+        setting.model.zero_grad()
+        return attributor.attribute(inputs[n_targets:], inputs[:n_targets]).scores
+
+    def ours():
+        of_targets = setting.run(GradientRule("sgd", dense=True), setting.rows[:n_targets])
+        unit = torch.nn.functional.normalize(of_targets, dim=1)
+        rule = GradientRule("adam", "outside", moments=setting.moments, targets=unit)
+        kept = setting.run(rule, setting.rows[n_targets:])
+        return kept[:, :-1] / kept[:, -1:].sqrt()
+
+    def same_scores(mine, other):
+        assert (mine - other).abs().max() < 1e-4, (mine - other).abs().max()
+
+    compare(
+        ours, theirs, op="less", case=f"cosines with {n_targets} targets, {setting.case}",
+        name="dattri-llm 0.1.0 LESSAttributor, batch 1", check=same_scores, rounds=3,
     )  # fmt: skip

@@ -128,6 +128,11 @@ def one_at_a_time(model, examples):
     return torch.stack(rows), torch.tensor(losses, dtype=torch.float64)
 
 
+def rms(ours, truth):
+    """Root of the mean square, over the rows, of their relative errors."""
+    return float(((ours - truth).norm(dim=1) / truth.norm(dim=1)).square().mean().sqrt())
+
+
 def relative(ours, theirs):
     return float(((ours - theirs).norm(dim=1) / theirs.norm(dim=1)).max())
 
@@ -166,17 +171,27 @@ def test_matches_one_at_a_time_in_float64(name, no_float32_inside):
     assert not any(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mistral_window"])
-def test_float32_is_no_further_from_the_truth_than_autograd(name, no_float32_inside):
-    truth_model = no_float32_inside(adapted(*ARCHITECTURES[name], dtype=torch.float64))
-    model = adapted(*ARCHITECTURES[name])
+WIDE = dict(hidden_size=192, intermediate_size=384, num_hidden_layers=2, num_attention_heads=6, vocab_size=4096,
+            num_key_value_heads=2, max_position_embeddings=128)  # fmt: skip
+
+
+# Where sums have 32 terms, rounding W + scale B A once is seen; from some hundred terms on it is not.
+@pytest.mark.parametrize(
+    ("architecture", "factor"),
+    [(ARCHITECTURES[name], 1.5) for name in ("llama", "gpt2", "gemma2", "mistral_window")]
+    + [(("Llama", WIDE, ATTENTION), 1.0)],
+    ids=["llama", "gpt2", "gemma2", "mistral_window", "wide"],
+)
+def test_float32_is_no_further_from_the_truth_than_autograd(architecture, factor, no_float32_inside):
+    truth_model = no_float32_inside(adapted(*architecture, dtype=torch.float64))
+    model = adapted(*architecture)
     model.load_state_dict(truth_model.float().state_dict())
     examples = some_examples()
     truth, _ = one_at_a_time(truth_model.double(), examples)
     theirs, _ = one_at_a_time(model, examples)
     ours, _ = dense(forward_of(model), examples)
     assert relative(ours, theirs) < 1e-4
-    assert relative(ours, truth) <= 2 * relative(theirs, truth) + 1e-7
+    assert rms(ours, truth) <= factor * rms(theirs, truth)
 
 
 @pytest.mark.parametrize("name", ONE_BY_ONE)
