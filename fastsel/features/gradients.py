@@ -279,13 +279,13 @@ def _what_runs(forward: LoraForward, rule: GradientRule, implementation: str) ->
     part = ModuleTokens(module, x, delta, module.scale, torch.tensor([0, 1]), slice(0, 1))
     with recording() as ran:
         BatchFeatures(1, forward, moved(rule, forward.loaded.device), implementation)(part)
-    return dict(ran)
+    return {**forward.implementations, **ran}
 
 
 def _batch_tokens(forward: LoraForward) -> int:
     most = MOST_BATCH_TOKENS["cpu" if forward.loaded.device.type == "cpu" else "cuda"]
     fitting = int(forward.activation_bytes / forward.bytes_per_token)
-    return max(1, min(most, fitting - fitting % lora_forward.ROWS_MULTIPLE))
+    return max(1, min(most, fitting - fitting % lora_forward.FILLED_UP_TO))
 
 
 def _adapter_name(modules: Sequence[LoraModule]) -> str:

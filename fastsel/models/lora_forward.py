@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from fastsel.errors import FastselWarning, InputError
+from fastsel.kernels._runtime.dispatch import recording
 from fastsel.models.layer_checkpointing import layers_computed_twice
 from fastsel.models.loading import LoadedModel
 from fastsel.models.lora_batch import Capture, Consumer, LabelledBatch, LabelledSequence, ModuleTokens, lay_out
@@ -36,8 +37,8 @@ __all__ = ["Consumer", "LabelledSequence", "LoraForward", "ModuleTokens"]
 ACTIVATION_BYTES = 1 << 30
 # The same together with prepacked weights, which leave at least so much to it, or there are none.
 PREPACKED_AND_ACTIVATION_BYTES, LEAST_ACTIVATION_BYTES = 1280 << 20, 384 << 20
-# oneDNN compiles a product for each number of rows, and keeps it; see models/prepacked.py.
-ROWS_MULTIPLE = 16
+# Of tokens, where weights are prepacked: see models/prepacked.py. Smaller than there: batches are smaller, too.
+FILLED_UP_TO = 16
 # Largest relative difference of whole gradients that rounding can make between a packed pass and autograd's.
 PROBE_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 # Below what float16 can tell from 0 lie many of the gradients of a mean; the factor is taken out again exactly.
@@ -56,6 +57,7 @@ class LoraForward:
         modules: the adapter's LoraModules, in the order of named_parameters().
         n_parameters: coordinates of a gradient.
         bytes_per_token: what a forward keeps for its backward, measured.
+        implementations: kernel -> the code that runs it in a packed pass.
 
     Raises:
         InputError: there is no plain LoRA adapter on linear layers, or gradients differ from autograd's.
@@ -85,10 +87,12 @@ class LoraForward:
         self.bytes_per_token = 0.0
         if self.reason or self.activation_bytes < LEAST_ACTIVATION_BYTES:
             self.lora.forget_prepacked()
-        self._probe()
+        with recording() as self.implementations:
+            self._probe()
         self.path = "one by one" if self.reason else "packed"
         if self.reason:
             self.lora.forget_prepacked()
+            self.implementations.clear()  # tried, and not used
             warnings.warn(
                 f"{loaded.name} cannot be packed ({self.reason}); gradients are taken one row at a time, "
                 "which is slower",
@@ -159,7 +163,7 @@ class LoraForward:
         *,
         packed: bool,
     ) -> None:
-        multiple = ROWS_MULTIPLE if packed and self.lora.prepacked_bytes else 1
+        multiple = FILLED_UP_TO if packed and self.lora.prepacked_bytes else 1
         batch = lay_out(examples[members], self.loaded.device, self._scale, multiple)
         n_tokens = sum(batch.lengths)
         twice = float(checkpointing or False)  # share of the layers
@@ -223,7 +227,7 @@ class LoraForward:
                     continue
             weights = {p.untyped_storage().data_ptr() for p in self.loaded.model.parameters()}
             sizes = [len(sequence.ids) - 1 for example in examples for sequence in example]
-            filler = -sum(sizes) % ROWS_MULTIPLE if self.lora.prepacked_bytes else 0
+            filler = -sum(sizes) % FILLED_UP_TO if self.lora.prepacked_bytes else 0
             n_tokens = sum(sizes) + filler if path == "packed" else max(sizes)
             self.bytes_per_token = sum(size for at, size in kept.items() if at not in weights) / n_tokens
             difference = float(((found - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-30)).max())

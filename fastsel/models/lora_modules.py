@@ -235,7 +235,7 @@ class LoraLayers:
                 for linear in self._frozen:
                     self._prepacked[id(linear)] = _both_ways(linear.weight, linear.bias)
             return self._prepacked
-        if self._keep_merged and not self._merged:
+        if self._keep_merged and not self._can_prepack and not self._merged:
             self._merged = {id(layer.layer): merged_weight(layer) for layer in self.layers}
         return {id(layer.layer): _plain_products(layer, self._merged.get(id(layer.layer))) for layer in self.layers}
 

@@ -68,6 +68,7 @@ def loss_and_gradient(
         if scale != 1.0:
             z *= scale
         count = len(z)
-        z = F.pad(z, (0, 0, 0, max(0, LEAST_ROWS - count)))
+        if count < LEAST_ROWS:
+            z = F.pad(z, (0, 0, 0, LEAST_ROWS - count))
         gradient[tile] = (z.to(weight.dtype) @ weight)[:count].to(hidden.dtype)
     return nll, gradient

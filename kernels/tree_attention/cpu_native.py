@@ -77,7 +77,8 @@ def gradient(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See gradient.tree_attention_gradient."""
-    (t, h, d), (hk, dv), threads = query.shape, value.shape[1:], native.num_threads()
+    (t, h, d), (hk, dv) = query.shape, value.shape[1:]
+    threads = min(native.num_threads(), len(segments) * hk)  # a thread's room is as large as the longest segment
     gradients = query.new_empty(t, h, d), query.new_empty(t, hk, d), query.new_empty(t, hk, dv)
     if t == 0 or dv == 0:
         return gradients[0].zero_(), gradients[1].zero_(), gradients[2]

@@ -142,7 +142,7 @@ def test_matches_the_formula_in_float64(pool, loaded, truth, step, eps_mode):
     got = take(pool, loaded, step=step, eps_mode=eps_mode, moments=moments, targets=targets, sketch=spec, dense=True)
     dense = whole(got)
     assert set(dense) == set(truth) and got.n_parameters == p
-    assert "lora_gradient_sketch" in got.provenance["implementations"]
+    assert set(got.provenance["implementations"]) == {"tree_attention", "lora_gradient_sketch"}
     map_rows, map_signs = sjlt_map(5, torch.arange(p), 64, 1)
     sketches = {int(row): sketch for rows, block in got.sketches() for row, sketch in zip(rows, block, strict=True)}
     for row, (loss, gradient) in truth.items():
