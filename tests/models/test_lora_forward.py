@@ -101,8 +101,12 @@ def some_examples(seed=0, sizes=((31, 20), (12, 1), (50, 44), (9, 8), (40, 25)))
 def dense(forward, examples, **options):
     """[n, p] float64 gradients, [n] losses."""
     found = torch.zeros(len(examples), forward.n_parameters, dtype=torch.float64)
-    losses = forward.run(examples, partial(lora_forward._dense, found), **options)
-    return found, losses
+
+    def consumer(part):
+        assert len(part.x) == len(part.delta) == part.offsets[-1]
+        lora_forward._dense(found, part)
+
+    return found, forward.run(examples, consumer, **options)
 
 
 def one_at_a_time(model, examples):
