@@ -113,10 +113,11 @@ def _blocked(
                 d_scores *= slope
             torch.bmm(d_scores, k[:, keys], out=d_query[:, queries])
             d_key[:, keys].baddbmm_(d_scores.transpose(1, 2), q[:, queries])
-    d_query = d_query.mul_(scale).unflatten(1, (-1, group)).permute(1, 0, 2, 3).reshape(query.shape)
+    d_query = d_query.mul_(scale).reshape(heads, len(query), group, query.shape[2]).transpose(0, 1).reshape(query.shape)
     return d_query, d_key.transpose(0, 1), d_value.transpose(0, 1)
 
 
 def _by_key_head(x: torch.Tensor, heads: int, group: int) -> torch.Tensor:
     """[t, heads * group, d] -> [heads, t * group, d]."""
-    return x.unflatten(1, (heads, group)).transpose(0, 1).reshape(heads, -1, x.shape[-1])
+    tokens, _, d = x.shape
+    return x.reshape(tokens, heads, group, d).transpose(0, 1).reshape(heads, tokens * group, d)

@@ -1,5 +1,8 @@
 """The gradient of attention within segments against autograd through the reference, in float64."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -106,6 +109,28 @@ def test_law_the_number_of_threads_changes_no_bit(threads):
             assert torch.equal(ours, theirs)
     finally:
         torch.set_num_threads(before)
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("isa", ["plain", "avx2"])
+def test_lesser_instruction_sets_agree(isa):
+    if not native.INSTRUCTION_SETS[isa] <= native._cpu_flags():
+        pytest.skip(f"this processor has no {isa}")
+    code = """
+import torch
+from fastsel.kernels.tree_attention import Segments, tree_attention_gradient
+generator = torch.Generator().manual_seed(0)
+shapes = (6, 20), (2, 20), (2, 36), (6, 36)
+query, key, value, d_out = (torch.randn(230, *shape, generator=generator) for shape in shapes)
+for window in (None, 50):
+    inputs = Segments([0, 7, 200, 230], [-1] * 3), window
+    truth = tree_attention_gradient(*(x.double() for x in (query, key, value, d_out)), *inputs)
+    got = tree_attention_gradient(query, key, value, d_out, *inputs, implementation="native")
+    for a, b in zip(got, truth):
+        assert (a - b).norm() < 2e-6 * b.norm(), window
+"""
+    environment = {"FASTSEL_ISA": isa, "PYTHONSAFEPATH": "1", "PATH": ""}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
 
 
 @pytest.mark.parametrize("implementation", BOTH)
