@@ -21,6 +21,7 @@ from fastsel.kernels.facility_location import (
 from fastsel.selectors.kept_rows import KeptRows
 from fastsel.selectors.rows import BLOCK_ROWS, Rows
 
+DEVICE_BLOCK_ROWS = 1 << 16  # of rows made on a GPU at a time
 CACHE_BYTES = 16 << 20  # of similarities kept: a contender of one pick is often one of the next
 PAIR_BYTES = 12
 LIST_BYTES = 12 << 20  # of shortlists, at least
@@ -37,7 +38,8 @@ class Coverage:
         columns: points passed to all candidates so far, and m / n for each row fetched: `columns / m` is the number of
             passes over all pairs (a pass whose other half follows by symmetry counts half).
         fetched: rows whose similarities were made in float64, to the points that they may improve.
-        in_bytes: whether gains come from rows rounded to bytes, three times as fast (where the processor can).
+        rounded_to: what gains come from rows rounded to, to be faster where the processor can: "bytes" (three times),
+            "bfloat16" on a GPU (six times); None where from float32.
     """
 
     def __init__(
@@ -64,7 +66,11 @@ class Coverage:
         self._centred: dict[Rows, torch.Tensor] = {}
         self._is_streamed = candidates.is_mapped or points.is_mapped
         self._packed: torch.Tensor | PackedCandidates | None = None
-        self.in_bytes = self._similarity == "dot" and not self._is_streamed
+        self._halves: dict[Rows, torch.Tensor] = {}
+        self.rounded_to: str | None = None
+        if self._similarity == "dot" and not self._is_streamed:
+            on_a_gpu = self.device.type == "cuda" and implementation in ("auto", "triton")
+            self.rounded_to = "bfloat16" if on_a_gpu else "bytes"
         self._packed_points: PackedCandidates | None = None
         self._shortlists: Shortlists | None = None
         self.kept = KeptRows(self.n, max(32 * self.m, CACHE_BYTES // PAIR_BYTES))
@@ -119,9 +125,10 @@ class Coverage:
             )  # fmt: skip
         return self._shortlists
 
-    def leave_bytes(self) -> None:
+    def leave_rounding(self) -> None:
         """From now on gains come from float32 rows; they have to be made from scratch."""
-        self.in_bytes, self._packed, self._packed_points, self._shortlists = False, None, None, None
+        self.rounded_to, self._packed, self._packed_points, self._shortlists = None, None, None, None
+        self._halves.clear()
 
     def fetch(self, rows: NDArray[np.int64], least_wanted: NDArray[np.int64]) -> None:
         """Make float64 similarities of these candidates to the points that they may improve, and keep them.
@@ -154,10 +161,12 @@ class Coverage:
         """Most that a gain from the kernel may err, per length of its candidate.
 
         A float32 product errs by at most (d + 2) 2^-24 |x| |q|. In bytes each number is off by at most half a step of
-        1 / 127 of the row's largest: x by at most sqrt(d) / 254 of its length, and q too.
+        1 / 127 of the row's largest: x by at most sqrt(d) / 254 of its length, and q too. In bfloat16 each is off by at
+        most 2^-9 of itself, after a rounding to float32.
         """
         d = self.candidates.d
-        relative = (d + 2) * 2.0**-24 + ((1 + d**0.5 / 254) ** 2 - 1 if self.in_bytes else 0.0)
+        step = {"bytes": d**0.5 / 254, "bfloat16": 2.0**-9 + 2.0**-23, None: 0.0}[self.rounded_to]
+        relative = (d + 2) * 2.0**-24 + ((1 + step) ** 2 - 1)
         lengths = np.ones(self.m) if self.points.unit else self.points.lengths
         return float(relative * (lengths if self._weights is None else lengths * self._weights).sum())
 
@@ -184,7 +193,7 @@ class Coverage:
         step = BLOCK_ROWS if self._is_streamed else max(1, count)
         for start in range(0, count, step):
             over = slice(start, min(count, start + step))
-            points = self._float32(self.points, over if moved is None else moved[over])
+            points = self._as_passed(over if moved is None else moved[over])
             for first, block in self._candidate_blocks():
                 gains = facility_location(
                     block, points, best[over], raised=None if raised is None else raised[over],
@@ -205,13 +214,36 @@ class Coverage:
         """All candidates as the kernel takes them."""
         if self._packed is None:
             self._packed = self._packing(self.candidates)
-            self.in_bytes = isinstance(self._packed, PackedCandidates) and self._packed.in_bytes
+            if self.rounded_to == "bytes" and not (
+                isinstance(self._packed, PackedCandidates) and self._packed.in_bytes
+            ):
+                self.rounded_to = None
         return self._packed
 
     def _packing(self, rows: Rows) -> torch.Tensor | PackedCandidates:
+        if self.rounded_to == "bfloat16":
+            return self._bfloat16(rows)
         whole = self._float32(rows, slice(0, rows.n))
         can_pack = self._implementation in ("auto", "native")
-        return pack_candidates(whole, in_bytes=self.in_bytes) if can_pack else whole
+        return pack_candidates(whole, in_bytes=self.rounded_to == "bytes") if can_pack else whole
+
+    def _as_passed(self, over: slice | torch.Tensor) -> torch.Tensor:
+        """Points as the kernel reads them beside candidates: of the same type."""
+        if self.rounded_to != "bfloat16":
+            return self._float32(self.points, over)
+        whole = self._bfloat16(self.points)
+        if isinstance(over, slice):
+            return whole if over == slice(0, self.m) else whole[over]
+        return whole[over.to(self.device)]
+
+    def _bfloat16(self, rows: Rows) -> torch.Tensor:
+        """All rows in bfloat16, made once."""
+        if rows not in self._halves:
+            whole = torch.empty(rows.n, rows.d, dtype=torch.bfloat16, device=self.device)
+            for start, block in rows.blocks(DEVICE_BLOCK_ROWS):
+                whole[start : start + len(block)] = block
+            self._halves[rows] = whole
+        return self._halves[rows]
 
     def _screen(self) -> PackedCandidates | None:
         """The points, packed: what shows which of them a candidate cannot improve. None where that is not known."""

@@ -11,8 +11,8 @@ bound reaches the best of them. How bounds are kept current is all in which the 
     auto         incremental, but not while candidates whose similarities are at hand beat every stale bound: then
                  several picks share one update
 
-Maintained gains may come from rows rounded to bytes, at a third of the time. That lets more contenders in, and where
-evaluating them costs more than is saved, float32 rows are taken from there on.
+Maintained gains may come from rows rounded to bytes, at a third of the time, or on a GPU to bfloat16, at a sixth. That
+lets more contenders in, and where evaluating them costs more than is saved, float32 rows are taken from there on.
 
 Worst-case bounds of float32 sums are a thousand times what occurs, so the error of maintained gains is measured:
 whenever a candidate is evaluated while bounds are current, the difference is known. Every other candidate is allowed
@@ -39,9 +39,10 @@ LONGER = 2.0  # times the longest row evaluated so far: from there on the worst 
 BATCH, LARGEST_BATCH = 8, 64
 STALE_LOOKS = 8  # kept contenders evaluated against stale bounds, before these are brought up to date
 # In columns of float32 updates: the time of fetching, for a call and for each row, of looking at a kept row again, and
-# what a column in bytes saves.
-CALL_COLUMNS, ROW_COLUMNS, LOOK_COLUMNS, BYTES_SAVE = 10.0, 0.5, 0.05, 0.7
-REVIEW_PICKS = 16  # how often it is asked whether bytes pay
+# what a rounded column saves. A GPU, where a column is cheap, reads all points in float64 at a call.
+CALL_COLUMNS, ROW_COLUMNS, LOOK_COLUMNS = {"bytes": 10.0, "bfloat16": 450.0}, 0.5, 0.05
+ROUNDING_SAVES = {"bytes": 0.7, "bfloat16": 0.8}
+REVIEW_PICKS = 16  # how often it is asked whether rounding pays
 
 
 class ExactGreedy:
@@ -65,7 +66,7 @@ class ExactGreedy:
         self._caps = np.full(n, np.inf)  # the last float64 gain of each candidate
         self._evaluated_at = np.full(n, -1)  # the pick before which that was
         self._step, self.syncs = 0, 0
-        # Columns since the last review: fetched beyond a pick's first, saved by bytes; and what was lost before.
+        # Columns since the last review: fetched beyond a pick's first, saved by rounding; and what was lost before.
         self._excess = self._saved = self._loss = 0.0
         # "sampled" knows no gain before it is asked for: a pass over all pairs is what sampling avoids.
         self._gains, self._synced, self._allowance = np.full(n, np.inf), coverage.best.float(), 0.0
@@ -94,7 +95,7 @@ class ExactGreedy:
         allowed = self.constraints.may_take if among is None else self.constraints.may_take & among
         if not allowed.any():
             return None
-        if self.coverage.in_bytes and self._step % REVIEW_PICKS == 0:
+        if self.coverage.rounded_to and self._step % REVIEW_PICKS == 0:
             self._review()
         if self._optimizer in ("naive", "incremental"):
             self._sync()
@@ -180,11 +181,11 @@ class ExactGreedy:
             bounds = self._bounds(allowed)
 
     def _review(self) -> None:
-        """Leave bytes once the contenders that their error let in have cost as much more as leaving costs."""
+        """Leave rounding once the contenders that its error let in have cost as much more as leaving costs."""
         self._loss = max(0.0, self._loss + self._excess - self._saved)
         self._excess = self._saved = 0.0
         if self._loss > self.coverage.m:
-            self.coverage.leave_bytes()
+            self.coverage.leave_rounding()
             self._restart()
 
     def _restart(self) -> None:
@@ -207,8 +208,8 @@ class ExactGreedy:
             more = _largest(others, batch - len(wanted))
             wanted = np.concatenate([wanted, more[others[more] > -np.inf]])
         coverage.fetch(wanted, kept[np.argsort(bounds[kept], kind="stable")])
-        if batch > BATCH:
-            self._excess += CALL_COLUMNS + ROW_COLUMNS * len(wanted)
+        if batch > BATCH and coverage.rounded_to:
+            self._excess += CALL_COLUMNS[coverage.rounded_to] + ROW_COLUMNS * len(wanted)
         self._evaluate(wanted)
 
     def _evaluate(self, rows: NDArray[np.int64]) -> None:
@@ -248,7 +249,8 @@ class ExactGreedy:
         if self._optimizer == "naive" or (coverage.is_symmetric and coverage.passed_by(moved) > coverage.m // 2):
             self._gains = coverage.gains()
         elif len(moved):
-            self._saved += BYTES_SAVE * coverage.passed_by(moved)
+            if coverage.rounded_to:
+                self._saved += ROUNDING_SAVES[coverage.rounded_to] * coverage.passed_by(moved)
             self._gains = coverage.lose(self._gains, moved, self._synced[moved], best[moved])
         else:
             return

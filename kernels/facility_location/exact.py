@@ -9,7 +9,7 @@ from fastsel.kernels._runtime.checks import check_tensor
 from fastsel.kernels.facility_location import cpu_native
 from fastsel.kernels.facility_location.packed import PackedCandidates
 
-BLOCK_NUMBERS = 2**22  # of points, widened to float64 at a time: 34 MB
+BLOCK_NUMBERS, DEVICE_BLOCK_NUMBERS = 2**22, 2**26  # of points, widened to float64 at a time: 34 MB, 540 MB
 
 
 class Pairs(NamedTuple):
@@ -108,14 +108,15 @@ def similarity_rows(
     """
     check_tensor("rows", rows, ("b", "d"), dtypes=(torch.float64,))
     check_tensor("points", points, ("m", rows.shape[1]), device=rows.device)
-    if rows.device.type == "cpu" and native.unavailable() is None:
+    is_cpu = rows.device.type == "cpu"
+    if is_cpu and native.unavailable() is None:
         return cpu_native.similarity_rows(rows, points, lengths, similarity, gamma)
     out = torch.empty(len(rows), len(points), dtype=torch.float64, device=rows.device)
-    step = max(1, BLOCK_NUMBERS // max(1, rows.shape[1]))
+    step = max(1, (BLOCK_NUMBERS if is_cpu else DEVICE_BLOCK_NUMBERS) // max(1, rows.shape[1]))
     for start in range(0, len(points), step):
         over = slice(start, start + step)
         block = points[over].double()
-        if similarity == "dot" and rows.device.type != "cpu":
+        if similarity == "dot" and not is_cpu:  # one reading of the block for all rows
             s = rows @ block.T
             out[:, over] = s if lengths is None else torch.where(lengths[over] > 0, s / lengths[over], 0.0)
             continue

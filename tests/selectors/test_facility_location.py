@@ -411,11 +411,45 @@ def test_edges_bytes_are_left_where_they_do_not_pay(monkeypatch):
     """Rows whose first feature is a thousand times the others: bytes hold nothing of what tells them apart, and there
     is no room to keep all rows that this lets in.
     """
-    left, leave = [], Coverage.leave_bytes
+    left, leave = [], Coverage.leave_rounding
     monkeypatch.setattr("fastsel.selectors.coverage.CACHE_BYTES", 0)
-    monkeypatch.setattr(Coverage, "leave_bytes", lambda self: (left.append(1), leave(self)))
+    monkeypatch.setattr(Coverage, "leave_rounding", lambda self: (left.append(1), leave(self)))
     x = random_rows(600, 40)
     x[:, 0] = 1000
     assert_same(facility_location(x, 80), naive(similarities(x), 80))
     if native.unavailable() is None and native.instruction_set() == "avx512vnni":
         assert left == [1]
+
+
+@pytest.fixture
+def in_bfloat16(monkeypatch):
+    """Gains from rows rounded to bfloat16, as on a GPU; the list receives a number where float32 is gone back to."""
+    left, start, leave = [], Coverage.__init__, Coverage.leave_rounding
+
+    def rounded(self, *arguments, **options):
+        start(self, *arguments, **options)
+        if self.rounded_to:
+            self.rounded_to = "bfloat16"
+
+    monkeypatch.setattr(Coverage, "__init__", rounded)
+    monkeypatch.setattr(Coverage, "leave_rounding", lambda self: (left.append(1), leave(self)))
+    return left
+
+
+@pytest.mark.parametrize("optimizer", ["auto", "incremental", "lazy", "naive"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_matches_float64_greedy_from_rows_in_bfloat16(kind, optimizer, in_bfloat16):
+    x = KINDS[kind](400, 24)
+    found = facility_location(x, 60, optimizer=optimizer, implementation="torch")
+    assert_same(found, naive(similarities(x), 60))
+    queries = KINDS[kind](150, 24)[::-1].copy()
+    assert_same(facility_location(x, 40, queries=queries, optimizer=optimizer, implementation="torch"),
+                naive(similarities(x, queries), 40))  # fmt: skip
+
+
+def test_edges_bfloat16_is_left_where_it_does_not_pay(in_bfloat16, monkeypatch):
+    monkeypatch.setattr("fastsel.selectors.coverage.CACHE_BYTES", 0)
+    x = random_rows(600, 40)
+    x[:, 0] = 1000
+    assert_same(facility_location(x, 80, implementation="torch"), naive(similarities(x), 80))
+    assert in_bfloat16 == [1]
