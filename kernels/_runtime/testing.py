@@ -16,13 +16,17 @@ TRITON_DEVICE = "cpu" if INTERPRETED else "cuda"
 EPSILON = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
 
-def floor(dtype: torch.dtype, reduction_length: int, magnitude: float = 1.0) -> float:
+def floor(dtype: torch.dtype, reduction_length: int, magnitude: float = 1.0, *, on_a_gpu: bool = False) -> float:
     """Error that any order of summation of so many terms of this magnitude may make (absolute).
 
-    The reduction is accumulated in float32 at least; the result is rounded to `dtype`.
+    The reduction is accumulated in float32 at least; the result is rounded to `dtype`. A GPU's matrix units cut what
+    they add up, 16 terms at a time, instead of rounding: these errors, half a unit in the last place, have one sign.
     """
     accumulate = EPSILON[torch.float64 if dtype == torch.float64 else torch.float32]
-    return magnitude * (EPSILON[dtype] + accumulate * math.sqrt(max(1, reduction_length)))
+    units = math.sqrt(max(1, reduction_length))
+    if on_a_gpu:
+        units = max(units, reduction_length / 32)
+    return magnitude * (EPSILON[dtype] + accumulate * units)
 
 
 def assert_as_exact(
@@ -43,7 +47,7 @@ def assert_as_exact(
     error = (got64 - truth64)[~special].abs().max().item()
     plain_error = (plain64 - truth64)[~special].abs().max().item()
     magnitude = max(1.0, truth64[~special].abs().max().item())
-    allowed = 2 * plain_error + floor(plain.dtype, reduction_length, magnitude)
+    allowed = 2 * plain_error + floor(plain.dtype, reduction_length, magnitude, on_a_gpu=got.is_cuda)
     assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e} (plain code errs by {plain_error:.3e})"
     return error
 
