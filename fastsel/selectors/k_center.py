@@ -103,6 +103,7 @@ class _Bounds:
     Attributes:
         upper: float64 [n]; -inf for chosen rows.
         stamp: int64 [n], how many of the chosen rows each bound takes account of.
+        is_on_a_gpu: whether the rows lie there.
     """
 
     def __init__(self, rows: Rows, implementation: str) -> None:
@@ -111,6 +112,7 @@ class _Bounds:
         self._rows, self._implementation = rows, implementation
         self._shift = None if rows.unit else _shift_that_pays(rows)
         self._points = None if rows.is_mapped else self._all_points()
+        self.is_on_a_gpu = self._points is not None and self._points.device.type == "cuda"
         self._sqnorms = self._squared_lengths()
         # A float32 sum of d products errs by more than 8 sqrt(d) roundings once in 10^13 times (Higham and Mary, "A new
         # approach to probabilistic rounding error analysis", 2019); 16 more for the inputs' own rounding and the norms.
@@ -135,6 +137,17 @@ class _Bounds:
                 nearest = self._nearest(self._points, which_rows, group, centres, sqnorms)
             np.minimum(self.upper[group], nearest, out=nearest)
             self.upper[group], self.stamp[group] = nearest, len(chosen)
+
+    def refresh_all(self, chosen: NDArray[np.int64]) -> None:
+        """The same for all rows in one pass, which some of them meet with centres that they know."""
+        news = chosen[self.stamp.min() :]
+        if not len(news) or self._points is None:
+            return
+        centres = self._shifted(self._rows.exact(news))
+        sqnorms = self._sqnorms[torch.from_numpy(news).to(self._sqnorms.device)]
+        nearest = self._nearest(self._points, None, np.arange(self._rows.n), centres, sqnorms)
+        np.minimum(self.upper, nearest, out=self.upper)
+        self.stamp[:] = len(chosen)
 
     def _nearest(
         self, points: torch.Tensor, at: torch.Tensor | None, group: NDArray[np.int64], centres: torch.Tensor,
@@ -248,6 +261,8 @@ class _Search:
     def _candidates(self, size: int) -> Split:
         """The rows with the largest bounds, those brought up to date; and what lies outside."""
         upper, stamp, chosen = self._bounds.upper, self._bounds.stamp, np.array(self._chosen, np.int64)
+        if self._bounds.is_on_a_gpu:  # one pass over all rows takes less than asking for some of them
+            self._bounds.refresh_all(chosen)
         reach = 4 * size
         while ((stamp < len(chosen)) & (upper >= largest(upper, 2 * size))).any():
             # More rows than are looked at, and more each time: each time has its price, and most are needed soon.

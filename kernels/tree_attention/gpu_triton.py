@@ -11,7 +11,9 @@ Accumulator: float32 running maximum, sum and output, in units of log2; weights 
     the second product. float32 products: three TF32 products ("tf32x3") on NVIDIA, true float32 on AMD.
 Masks: tiles that all queries of the block see in full are not masked; with a window that some sequence exceeds every
     tile is. Keys past the end of a range repeat its last key, so that NaN stays with a segment's descendants.
-Limits: float32 heads up to 128, 16-bit heads up to 256 (wider ones spill); sizes are padded to powers of two.
+Limits: float32 heads up to 128, 16-bit heads up to 256 (wider ones spill); sizes are padded to powers of two. Heads of
+    one feature get a second one: where tokens and features are both 1 apart, 16-bit products of Triton 3.6 for H100
+    read outside shared memory.
 
 Ladder, predicted for one H100 from the compiled kernel, bfloat16 (no GPU has run this file yet):
     A: 9 query heads on 3 key heads of 64, 120 sequences, 26,110 tokens (floor 23.9 us: the bytes);
@@ -26,6 +28,7 @@ from weakref import WeakKeyDictionary
 import torch
 import triton
 import triton.language as tl
+from torch.nn.functional import pad
 
 from fastsel.kernels._runtime.devices import triton_architecture
 from fastsel.kernels._runtime.triton_blocks import LOG2_E, MASKED, soft_capped, tile_product
@@ -250,6 +253,11 @@ def plan(
     architecture: str,
 ) -> tuple[torch.Tensor, list[Launch]]:
     """The (still unwritten) result and the launches that write it, for an architecture of LAUNCH_TABLE."""
+    n_features = value.shape[2]
+    if query.shape[2] == 1:
+        query, key = pad(query, (0, 1)), pad(key, (0, 1))
+    if n_features == 1:
+        value = pad(value, (0, 1))
     n_tokens, n_heads, head = query.shape
     n_key_heads, head_v = value.shape[1:]
     query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
@@ -260,7 +268,7 @@ def plan(
     if window is not None and window >= longest:
         window = None  # the code without a window is faster
     out = query.new_empty(n_tokens, n_heads, head_v)
-    return out, [
+    return out[..., :n_features], [
         Launch(
             tree_attention_kernel,
             (len(blocks), n_key_heads),

@@ -1,5 +1,7 @@
 """k_center against a float64 loop that updates every row after every pick."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,8 @@ from hypothesis import strategies as st
 
 from fastsel.errors import UsageError
 from fastsel.selectors import k_center
+
+k_center_module = sys.modules["fastsel.selectors.k_center"]  # the package's name is the function
 
 
 def naive(x, k, *, metric="euclidean", initial=(), first=0):
@@ -67,6 +71,24 @@ KINDS = {
 def test_matches_reference(kind, metric):
     x = KINDS[kind](700)
     assert_equal(k_center(x, 250, metric=metric), naive(x, 250, metric=metric))
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_matches_reference_where_all_rows_are_passed_as_on_a_gpu(kind, metric, monkeypatch):
+    bounds_of, passes = k_center_module._Bounds, []
+    start, refresh_all = bounds_of.__init__, bounds_of.refresh_all
+
+    def on_a_gpu(self, *arguments):
+        start(self, *arguments)
+        self.is_on_a_gpu = True
+
+    monkeypatch.setattr(bounds_of, "__init__", on_a_gpu)
+    monkeypatch.setattr(bounds_of, "refresh_all", lambda self, chosen: (passes.append(1), refresh_all(self, chosen)))
+    x = KINDS[kind](300)
+    assert_equal(k_center(x, 60, metric=metric, first=5), naive(x, 60, metric=metric, first=5))
+    assert_equal(k_center(x, 40, metric=metric, initial=[7, 200]), naive(x, 40, metric=metric, initial=[7, 200]))
+    assert passes
 
 
 @pytest.mark.parametrize("implementation", ["native", "torch", "reference"])
