@@ -273,37 +273,37 @@ def lora_row(make: Maker, mode: str) -> Row:
     return Row(launches, predicted, plain)
 
 
-def projection_row(make: Maker, dtype: torch.dtype, kind: str) -> Row:
-    x = make.normal(PROJECTED, COORDINATES, dtype=dtype)
+def projection_row(make: Maker, dtype: torch.dtype, kind: str, coordinates: int = COORDINATES) -> Row:
+    x = make.normal(PROJECTED, coordinates, dtype=dtype)
     out = torch.zeros(PROJECTED, SKETCH, device=make.device)
     launches = projection.plan(x, SKETCH, kind, 1, 5, 0, out, architecture=make.architecture)
 
     def predicted(chip: Chip) -> tuple[float, float]:
         launch = launches[0]
         if kind == "rademacher":
-            return _predicted(launch, projection.work(launch, PROJECTED, COORDINATES, SKETCH), chip)
+            return _predicted(launch, projection.work(launch, PROJECTED, coordinates, SKETCH), chip)
         c = launch.constants
         return _streamed(
             launch, chip, programs=launch.grid[0] * launch.grid[1] * launch.grid[2],
             passes=1 << (c["SEGMENT_BITS"] - c["BITS"]),
-            needed_bytes=PROJECTED * (COORDINATES * dtype.itemsize + 8 * SKETCH * launch.grid[0]),
+            needed_bytes=PROJECTED * (coordinates * dtype.itemsize + 8 * SKETCH * launch.grid[0]),
             gathered=c["ROWS"] * c["BLOCK_K"] * dtype.itemsize // 4,
         )  # fmt: skip
 
-    where = make.numbers(SKETCH, COORDINATES) if kind == "sjlt" else None
-    signs = (make.numbers(2, COORDINATES) * 2 - 1).to(dtype) if kind == "sjlt" else None
+    where = make.numbers(SKETCH, coordinates) if kind == "sjlt" else None
+    signs = (make.numbers(2, coordinates) * 2 - 1).to(dtype) if kind == "sjlt" else None
 
     def plain() -> Any:
         if kind == "sjlt":  # in float32, and the map is given
             sums = torch.zeros(PROJECTED, SKETCH, device=make.device)
             step = 2**23
-            for start in range(0, COORDINATES, step):
+            for start in range(0, coordinates, step):
                 over = slice(start, start + step)
                 sums.index_add_(1, where[over], (x[:, over] * signs[over]).float())  # type: ignore[index]
             return sums
         total = torch.zeros(PROJECTED, SKETCH, device=make.device)
         step = TORCH_VALUES // SKETCH
-        for start in range(0, COORDINATES // 16, step):
+        for start in range(0, coordinates // 16, step):
             matrix = torch.randint(0, 2, (step, SKETCH), device=make.device, dtype=torch.int8)
             total += x[:, start : start + step] @ matrix.mul_(2).sub_(1).to(dtype)
         return total
@@ -369,11 +369,11 @@ def _attention(make: Maker, dtype: torch.dtype, heads: tuple[int, int, int], for
     return attention_row(make, dtype, heads, forest())
 
 
-def milliseconds(run: Callable[[], Any], flushed: torch.Tensor) -> float:
+def milliseconds(run: Callable[[], Any], flushed: torch.Tensor, least_ms: float = LEAST_MS) -> float:
     """Median between device events, the second-level cache emptied before each call."""
     run()
     taken: list[float] = []
-    while not taken or (len(taken) < MOST_REPEATS and sum(taken) < LEAST_MS):
+    while not taken or (len(taken) < MOST_REPEATS and sum(taken) < least_ms):
         flushed.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -428,7 +428,7 @@ def measure(wanted: list[str], output: Path, predictions: dict[str, list[float]]
             row = None
             try:
                 row = made(make)
-                found["measured_us"] = 1e3 * milliseconds(partial(_run, row.launches), flushed)
+                found["measured_us"] = 1e3 * milliseconds(partial(run_all, row.launches), flushed)
                 if row.plain is not None:
                     found |= {"torch_us": 1e3 * milliseconds(row.plain, flushed) / row.share, "torch_share": row.share}
             except Exception as error:  # a kernel that does not run is what the table is for
@@ -439,7 +439,8 @@ def measure(wanted: list[str], output: Path, predictions: dict[str, list[float]]
             print(_line(found), flush=True)
 
 
-def _run(launches: list[Launch]) -> None:
+def run_all(launches: list[Launch]) -> None:
+    """One launch after the other."""
     for launch in launches:
         launch.run()
 
