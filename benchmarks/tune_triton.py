@@ -209,7 +209,9 @@ def table_of(case: Case, lines: list[dict[str, Any]]) -> str:
         f"{line['us']:,.0f}: {line['entry']}" + (f" ({line['spills']} spilled)" if line["spills"] else "")
         for line in good[:SHOWN]
     ]
-    today = [f"{line['us']:,.0f} us: {line['entry']}" for line in good if line["today"]] or ["failed"]
+    today = [f"{line['us']:,.0f} us: {line['entry']}" for line in good if line["today"]] or [
+        str(lines[0].get("error"))[:150]
+    ]
     return f"{case.label}: {len(good)} timed, {failed} failed, {wrong} wrong; today {today[0]}\n  " + " | ".join(words)
 
 
