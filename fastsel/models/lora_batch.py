@@ -45,7 +45,7 @@ class LabelledBatch:
 
     token_ids: torch.Tensor  # [t]
     position_ids: torch.Tensor  # [t]
-    lengths: list[int]  # of each sequence, and of what fills the row up
+    lengths: list[int]  # of each sequence
     offsets: torch.Tensor  # [n + 1], CPU
     rows: torch.Tensor  # [l], packed rows that predict a labelled token
     targets: torch.Tensor  # [l]
@@ -53,13 +53,8 @@ class LabelledBatch:
     example_of_label: torch.Tensor  # [l], CPU
 
 
-def lay_out(
-    examples: Sequence[Sequence[LabelledSequence]], device: torch.device, loss_scale: float, multiple: int = 1
-) -> LabelledBatch:
-    """The examples one after another; weights are loss_scale over the number of an example's labelled tokens.
-
-    The row is filled up to a multiple of `multiple` tokens by a sequence of no example.
-    """
+def lay_out(examples: Sequence[Sequence[LabelledSequence]], device: torch.device, loss_scale: float) -> LabelledBatch:
+    """The examples one after another; weights are loss_scale over the number of an example's labelled tokens."""
     ids: list[int] = []
     positions: list[int] = []
     lengths: list[int] = []
@@ -78,10 +73,6 @@ def lay_out(
             weights += [loss_scale / n_labelled] * len(sequence.labelled)
             owners += [number] * len(sequence.labelled)
         offsets.append(len(ids))
-    if filler := -len(ids) % multiple:
-        ids += [0] * filler
-        positions += range(filler)
-        lengths.append(filler)
     where: dict[str, Any] = {"dtype": torch.int64, "device": device}
     return LabelledBatch(
         torch.tensor(ids, **where),
@@ -124,8 +115,7 @@ class Capture:
         if len(x) not in self._row_counts:
             raise CannotPackError(f"its layer {module.name} runs over other tokens than the sequence has")
         reported = self._reported[module.number]
-        n_tokens = int(self._offsets[-1])  # behind them lies what fills the row up
-        reported.append((x[:n_tokens], delta[:n_tokens]))
+        reported.append((x, delta))
         if len(reported) == self._uses[module.number]:
             self._give(module)
 

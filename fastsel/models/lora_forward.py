@@ -23,10 +23,11 @@ import torch
 
 from fastsel.errors import FastselWarning, InputError
 from fastsel.kernels._runtime.dispatch import recording
+from fastsel.kernels._runtime.freed_memory import FreedMemory
 from fastsel.models.layer_checkpointing import layers_computed_twice
 from fastsel.models.loading import LoadedModel
 from fastsel.models.lora_batch import Capture, Consumer, LabelledBatch, LabelledSequence, ModuleTokens, lay_out
-from fastsel.models.lora_modules import LoraLayers
+from fastsel.models.lora_modules import LoraLayers, LoraModule
 from fastsel.models.loss_gradient import loss_and_gradient
 from fastsel.models.packed import CannotPackError, PackedForward, attention_switched
 from fastsel.models.segment_attention import ATTENTION_NAME, packed_lengths, segment_attention
@@ -34,11 +35,10 @@ from fastsel.models.segment_attention import ATTENTION_NAME, packed_lengths, seg
 __all__ = ["Consumer", "LabelledSequence", "LoraForward", "ModuleTokens"]
 
 # What a forward may keep for its backward; batches that would keep more compute some of their layers twice instead.
-ACTIVATION_BYTES = 1 << 30
-# The same together with prepacked weights, which leave at least so much to it, or there are none.
-PREPACKED_AND_ACTIVATION_BYTES, LEAST_ACTIVATION_BYTES = 1280 << 20, 384 << 20
-# Of tokens, where weights are prepacked: see models/prepacked.py. Smaller than there: batches are smaller, too.
-FILLED_UP_TO = 16
+ACTIVATION_BYTES = 896 << 20
+# What the process may grow by before it gives freed memory back; with a tile of logits and what comes between two looks
+# it stays below 1.5 GB.
+GROWTH_BYTES = 1152 << 20
 # Largest relative difference of whole gradients that rounding can make between a packed pass and autograd's.
 PROBE_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 # Below what float16 can tell from 0 lie many of the gradients of a mean; the factor is taken out again exactly.
@@ -85,13 +85,11 @@ class LoraForward:
         self.head, self.body, self._most_packed = forward.head, forward.body, forward.same_rotation_until
         self.reason = forward.reason
         self.bytes_per_token = 0.0
-        if self.reason or self.activation_bytes < LEAST_ACTIVATION_BYTES:
-            self.lora.forget_prepacked()
+        self._freed = FreedMemory(GROWTH_BYTES)
         with recording() as self.implementations:
             self._probe()
         self.path = "one by one" if self.reason else "packed"
         if self.reason:
-            self.lora.forget_prepacked()
             self.implementations.clear()  # tried, and not used
             warnings.warn(
                 f"{loaded.name} cannot be packed ({self.reason}); gradients are taken one row at a time, "
@@ -99,11 +97,6 @@ class LoraForward:
                 FastselWarning,
                 stacklevel=2,
             )
-
-    @property
-    def activation_bytes(self) -> int:
-        """What a forward may keep for its backward."""
-        return min(ACTIVATION_BYTES, PREPACKED_AND_ACTIVATION_BYTES - self.lora.prepacked_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process is sent the model and makes, and checks, a forward of its own."""
@@ -120,7 +113,7 @@ class LoraForward:
             consumer: called with the ModuleTokens of all examples, during the backward, so from the highest layer down;
                 on the path "one by one", and for sequences that cannot be packed, for each example alone.
             checkpointing: keep only each layer's input and compute the layer again in the backward; None does so with
-                as many layers as it takes to keep at most activation_bytes.
+                as many layers as it takes to keep at most ACTIVATION_BYTES.
 
         Returns:
             Float64 [n], on the CPU: each example's loss. NaN where its logits are not finite, which leaves the others
@@ -163,18 +156,26 @@ class LoraForward:
         *,
         packed: bool,
     ) -> None:
-        multiple = FILLED_UP_TO if packed and self.lora.prepacked_bytes else 1
-        batch = lay_out(examples[members], self.loaded.device, self._scale, multiple)
-        n_tokens = sum(batch.lengths)
+        batch = lay_out(examples[members], self.loaded.device, self._scale)
+        n_tokens = int(batch.offsets[-1])
         twice = float(checkpointing or False)  # share of the layers
         if checkpointing is None:
-            twice = max(0.0, 1 - self.activation_bytes / (n_tokens * self.bytes_per_token or 1.0))
+            twice = max(0.0, 1 - ACTIVATION_BYTES / (n_tokens * self.bytes_per_token or 1.0))
         row_counts = [n_tokens] if packed else batch.lengths
         capture = Capture(self.modules, consumer, batch.offsets, members, self._scale, row_counts)
+
+        def on_forward(module: LoraModule) -> None:
+            self._freed.look()
+            capture.on_forward(module)
+
+        def hand_over(module: LoraModule, x: torch.Tensor, delta: torch.Tensor) -> None:
+            self._freed.look()
+            capture.hand_over(module, x, delta)
+
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(_frozen(self.loaded.model))
-            stack.enter_context(self.lora.active(capture.hand_over, capture.on_forward, prepacked=packed))
+            stack.enter_context(self.lora.active(hand_over, on_forward))
             if twice:
                 stack.enter_context(layers_computed_twice(self.body, with_dropout=False, share=twice))
             if packed:
@@ -227,8 +228,7 @@ class LoraForward:
                     continue
             weights = {p.untyped_storage().data_ptr() for p in self.loaded.model.parameters()}
             sizes = [len(sequence.ids) - 1 for example in examples for sequence in example]
-            filler = -sum(sizes) % FILLED_UP_TO if self.lora.prepacked_bytes else 0
-            n_tokens = sum(sizes) + filler if path == "packed" else max(sizes)
+            n_tokens = sum(sizes) if path == "packed" else max(sizes)
             self.bytes_per_token = sum(size for at, size in kept.items() if at not in weights) / n_tokens
             difference = float(((found - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-30)).max())
             if difference <= tolerance:

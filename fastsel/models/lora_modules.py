@@ -7,14 +7,12 @@ gets a gradient from autograd; those of A and B are sums over an example's token
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from fastsel.errors import InputError
-from fastsel.models.prepacked import can_prepack, prepacked_product
 
 # Copies of W + scale B A may take this much; in larger models each is formed when it is needed.
 MOST_MERGED_BYTES = 512 << 20
@@ -156,7 +154,6 @@ def _active_adapter(name: str, layer: Any) -> str | None:
     return adapter
 
 
-Product = Callable[[torch.Tensor], torch.Tensor]
 # module, x [t, d_in], delta [t, d_out] -> None
 HandOver = Callable[[LoraModule, torch.Tensor, torch.Tensor], None]
 
@@ -168,7 +165,6 @@ class LoraLayers:
         layers: see find_lora_layers.
         modules: the LoraModules, in order; what layers share is here once.
         n_parameters: of all of them.
-        prepacked_bytes: what copies of weights take, laid out for faster products in both directions; 0 without them.
     """
 
     def __init__(self, model: Any) -> None:
@@ -178,44 +174,19 @@ class LoraLayers:
         total = sum(layer.weight.numel() * layer.weight.element_size() for layer in self.layers)
         dtypes = {layer.weight.dtype for layer in self.layers} | {layer.module.lora_a.dtype for layer in self.layers}
         self._can_merge = len(dtypes) == 1 and dtypes <= set(MERGED_DTYPES)
-        self._keep_merged = self._can_merge and total <= MOST_MERGED_BYTES
-        self._merged: dict[int, torch.Tensor] = {}
-        self._frozen = _frozen_linears(model)
-        weights = [*(layer.weight for layer in self.layers), *(linear.weight for linear in self._frozen)]
-        self._can_prepack = self._can_merge and can_prepack(weights)
-        self.prepacked_bytes = 2 * 4 * sum(weight.numel() for weight in weights) if self._can_prepack else 0
-        self._prepacked: dict[int, tuple[Product, Product]] = {}  # by module
+        keep = self._can_merge and total <= MOST_MERGED_BYTES
+        self._merged = {id(layer.layer): merged_weight(layer) for layer in self.layers} if keep else {}
         # Makes outputs need a gradient although neither inputs nor parameters do.
         self._anchor = torch.zeros((), requires_grad=True)
 
-    def forget_prepacked(self) -> None:
-        """From now on without such copies."""
-        self._can_prepack, self.prepacked_bytes = False, 0
-        self._prepacked.clear()
-
     @contextmanager
-    def active(
-        self, hand_over: HandOver, on_forward: Callable[[LoraModule], None], *, prepacked: bool
-    ) -> Iterator[None]:
-        """Inside, on_forward is told of each layer that runs, and hand_over gets x and delta in the backward.
-
-        Args:
-            hand_over: called in the backward.
-            on_forward: called in the forward.
-            prepacked: multiply with prepacked weights, where the model has any; they are made when first needed.
-        """
+    def active(self, hand_over: HandOver, on_forward: Callable[[LoraModule], None]) -> Iterator[None]:
+        """Inside, on_forward is told of each layer that runs, and hand_over gets x and delta in the backward."""
         replaced = []
-        products = self._products(prepacked=prepacked)
         try:
             for layer in self.layers:
                 replaced.append((layer.layer, vars(layer.layer).get("forward")))
-                vars(layer.layer)["forward"] = self._forward_of(
-                    layer, products.get(id(layer.layer)), hand_over, on_forward
-                )
-            for linear in self._frozen:
-                if id(linear) in products and "forward" not in vars(linear):
-                    replaced.append((linear, None))
-                    vars(linear)["forward"] = partial(_frozen_forward, products[id(linear)])
+                vars(layer.layer)["forward"] = self._forward_of(layer, hand_over, on_forward)
             yield
         finally:
             for module, before in replaced:
@@ -224,58 +195,20 @@ class LoraLayers:
                 else:
                     vars(module)["forward"] = before
 
-    def _products(self, *, prepacked: bool) -> dict[int, tuple[Product, Product]]:
-        """The layers' products: x W'^T + bias and delta W'; none where adapters cannot be merged."""
-        if not self._can_merge:
-            return {}
-        if prepacked and self._can_prepack:
-            if not self._prepacked:
-                for layer in self.layers:
-                    self._prepacked[id(layer.layer)] = _both_ways(merged_weight(layer), layer.bias)
-                for linear in self._frozen:
-                    self._prepacked[id(linear)] = _both_ways(linear.weight, linear.bias)
-            return self._prepacked
-        if self._keep_merged and not self._can_prepack and not self._merged:
-            self._merged = {id(layer.layer): merged_weight(layer) for layer in self.layers}
-        return {id(layer.layer): _plain_products(layer, self._merged.get(id(layer.layer))) for layer in self.layers}
-
     def _forward_of(
-        self,
-        layer: LoraLayer,
-        products: tuple[Product, Product] | None,
-        hand_over: HandOver,
-        on_forward: Callable[[LoraModule], None],
+        self, layer: LoraLayer, hand_over: HandOver, on_forward: Callable[[LoraModule], None]
     ) -> Callable[..., torch.Tensor]:
+        kept = self._merged.get(id(layer.layer))
+        weight_of: Callable[[], torch.Tensor] | None = None
+        if self._can_merge:
+            weight_of = (lambda: merged_weight(layer)) if kept is None else (lambda: kept)
+
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             on_forward(layer.module)
-            out: torch.Tensor = _LoraLinear.apply(x, self._anchor, layer, products, hand_over)  # type: ignore[no-untyped-call]
+            out: torch.Tensor = _LoraLinear.apply(x, self._anchor, layer, weight_of, hand_over)  # type: ignore[no-untyped-call]
             return out
 
         return forward
-
-
-def _frozen_linears(model: Any) -> list[torch.nn.Linear]:
-    """The float32 linear layers below the head that have no adapter."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    adapted = {id(part) for layer in model.modules() if isinstance(layer, BaseTunerLayer) for part in layer.modules()}
-    return [
-        module
-        for module in inner.base_model.modules()
-        if type(module) is torch.nn.Linear and id(module) not in adapted and module.weight.dtype == torch.float32
-    ]
-
-
-def _both_ways(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Product, Product]:
-    return prepacked_product(weight, bias), prepacked_product(weight.detach().T, None)
-
-
-def _plain_products(layer: LoraLayer, kept: torch.Tensor | None) -> tuple[Product, Product]:
-    def weight() -> torch.Tensor:
-        return merged_weight(layer) if kept is None else kept
-
-    return lambda x: F.linear(x, weight(), layer.bias), lambda delta: delta @ weight()
 
 
 def merged_weight(layer: LoraLayer) -> torch.Tensor:
@@ -293,13 +226,13 @@ class _LoraLinear(torch.autograd.Function):
         x: torch.Tensor,
         anchor: torch.Tensor,
         layer: LoraLayer,
-        products: tuple[Product, Product] | None,
+        weight_of: Callable[[], torch.Tensor] | None,
         hand_over: HandOver,
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
-        ctx.how = layer, products, hand_over
-        if products is not None:
-            return products[0](x)
+        ctx.how = layer, weight_of, hand_over
+        if weight_of is not None:
+            return F.linear(x, weight_of(), layer.bias)
         module = layer.module
         low = F.linear(x.to(module.lora_a.dtype), module.lora_a)
         adapted = F.linear(low, module.lora_b) * (module.scale * layer.share)
@@ -308,13 +241,13 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
         (x,) = ctx.saved_tensors
-        layer, products, hand_over = ctx.how
+        layer, weight_of, hand_over = ctx.how
         module = layer.module
         delta = gradients[0]
         dx = None
         if ctx.needs_input_grad[0]:
-            if products is not None:
-                dx = products[1](delta.contiguous())
+            if weight_of is not None:
+                dx = delta @ weight_of()
             else:
                 low = (delta.to(module.lora_b.dtype) @ module.lora_b) * (module.scale * layer.share)
                 dx = (delta @ layer.weight + low @ module.lora_a).to(x.dtype)
@@ -322,21 +255,3 @@ class _LoraLinear(torch.autograd.Function):
         x, delta = x.reshape(-1, x.shape[-1]).to(own), delta.reshape(-1, delta.shape[-1]).to(own)
         hand_over(module, x, delta if layer.share == 1.0 else delta * layer.share)
         return dx, None, None, None, None
-
-
-class _FrozenLinear(torch.autograd.Function):
-    """x W^T + bias, W without a gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, products: tuple[Product, Product]) -> torch.Tensor:
-        ctx.products = products
-        return products[0](x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.products[1](gradients[0].contiguous()), None
-
-
-def _frozen_forward(products: tuple[Product, Product], x: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = _FrozenLinear.apply(x, products)  # type: ignore[no-untyped-call]
-    return out

@@ -4,7 +4,7 @@ On an AMD EPYC (Zen 4), 803 x 576 x 1,536 and its like: 1.15 to 1.18 times the r
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,30 +16,6 @@ TYPICAL_ROWS = 1024  # the layout is chosen for this many; others are computed a
 # oneDNN compiles each number of rows anew and keeps up to 1,024 such products, 1.7 MB for each new batch of
 # SmolLM2-135M: 48 batches of other lengths took 80 MB more. Multiples of this leave few lengths.
 ROWS_MULTIPLE = 64
-
-
-def can_prepack(weights: Sequence[torch.Tensor]) -> bool:
-    """Whether oneDNN is here, all are float32 matrices on the CPU, and copies of them take at most MOST_BYTES."""
-    operations = torch.ops.mkldnn
-    known = all(hasattr(operations, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
-    return (
-        known
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and all((weight.dtype, weight.device.type) == (torch.float32, "cpu") for weight in weights)
-        and sum(4 * weight.numel() for weight in weights) <= MOST_BYTES
-    )
-
-
-def prepacked_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """x [..., d_in] -> x weight^T + bias [..., d_out], from a copy of the weight as it is now. No gradients."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), TYPICAL_ROWS)
-    bias = None if bias is None else bias.detach()
-
-    def product(x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-        return out
-
-    return product
 
 
 class PrepackedLinears:
@@ -58,10 +34,14 @@ class PrepackedLinears:
             and (module.weight.dtype, module.weight.device.type) == (torch.float32, "cpu")
             and "forward" not in vars(module)  # someone else's
         ]
-        if not can_prepack([layer.weight for layer in layers]):
+        operations = torch.ops.mkldnn
+        known = all(hasattr(operations, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+        total = sum(4 * layer.weight.numel() for layer in layers)
+        available = known and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        if not available or total > MOST_BYTES:
             layers = []
         with torch.inference_mode():
-            self._forwards = [(layer, prepacked_product(layer.weight, layer.bias)) for layer in layers]
+            self._forwards = [(layer, _prepacked_forward(layer)) for layer in layers]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process is sent the layers and packs them for itself."""
@@ -80,3 +60,14 @@ class PrepackedLinears:
         finally:
             for layer, _ in self._forwards:
                 vars(layer).pop("forward", None)
+
+
+def _prepacked_forward(layer: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+    weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), TYPICAL_ROWS)
+    bias = None if layer.bias is None else layer.bias.detach()
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return product
+
+    return forward

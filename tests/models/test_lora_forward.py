@@ -295,35 +295,9 @@ def test_only_layers_that_do_not_fit_are_computed_twice(monkeypatch):
     for number, layer in enumerate(layers):
         layer.mlp.register_forward_pre_hook(lambda *_, number=number: counts.__setitem__(number, counts[number] + 1))
     n_tokens = sum(max(sequence.labelled) for example in examples for sequence in example)
-    n_tokens += -n_tokens % lora_forward.FILLED_UP_TO
     monkeypatch.setattr(lora_forward, "ACTIVATION_BYTES", 0.5 * n_tokens * forward.bytes_per_token)
     assert torch.equal(dense(forward, examples)[0], expected)
     assert counts == [2, 2, 1]
-
-
-@pytest.mark.parametrize("name", ["llama_biased", "qwen2", "phi", "gpt2", "opt"])
-def test_prepacked_weights_change_rounding_only(name):
-    forward, examples = forward_of(adapted(*ARCHITECTURES[name])), some_examples()
-    assert forward.lora.prepacked_bytes
-    prepacked, losses = dense(forward, examples)
-    assert forward.lora._prepacked and not forward.lora._merged
-    forward.lora.forget_prepacked()
-    plain, plain_losses = dense(forward, examples)
-    assert relative(prepacked, plain) < 1e-5
-    torch.testing.assert_close(losses, plain_losses, rtol=1e-6, atol=0)
-
-
-def test_large_models_are_not_prepacked(monkeypatch):
-    """What copies of the weights leave to activations must be worth having."""
-    model = adapted(*ARCHITECTURES["llama"])
-    size = forward_of(model).lora.prepacked_bytes
-    limit = lora_forward.LEAST_ACTIVATION_BYTES + size
-    monkeypatch.setattr(lora_forward, "PREPACKED_AND_ACTIVATION_BYTES", limit)
-    forward = forward_of(model)
-    assert forward.lora.prepacked_bytes == size and forward.activation_bytes == lora_forward.LEAST_ACTIVATION_BYTES
-    monkeypatch.setattr(lora_forward, "PREPACKED_AND_ACTIVATION_BYTES", limit - 1)
-    forward = forward_of(model)
-    assert not forward.lora.prepacked_bytes and forward.activation_bytes == limit - 1
 
 
 def test_nothing_is_computed_below_the_lowest_lora_layer():
@@ -387,11 +361,10 @@ def test_flags_and_layers_are_left_as_they_were():
 
 
 def test_large_models_form_merged_weights_when_needed(monkeypatch):
-    from fastsel.models import lora_modules, prepacked
+    from fastsel.models import lora_modules
 
     model = adapted(*ARCHITECTURES["llama"])
     examples = some_examples()
-    monkeypatch.setattr(prepacked, "MOST_BYTES", 0)
     kept, _ = dense(forward_of(model), examples)
     monkeypatch.setattr(lora_modules, "MOST_MERGED_BYTES", 0)
     forward = forward_of(model)
