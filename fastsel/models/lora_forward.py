@@ -38,7 +38,7 @@ __all__ = ["Consumer", "LabelledSequence", "LoraForward", "ModuleTokens"]
 ACTIVATION_BYTES = 832 << 20
 # What the process may grow by before it gives freed memory back; with a tile of logits and what comes between two looks
 # it stays below 1.5 GB.
-GROWTH_BYTES = 1 << 30
+GROWTH_BYTES = 1072 << 20
 # Largest relative difference of whole gradients that rounding can make between a packed pass and autograd's.
 PROBE_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 # Below what float16 can tell from 0 lie many of the gradients of a mean; the factor is taken out again exactly.
