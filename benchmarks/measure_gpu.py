@@ -1,10 +1,12 @@
 """Whole tasks on the GPU that is here, beside plain torch and transformers: python measure_gpu.py -o FILE.jsonl
 
 losses      per-token losses of IFD's two passes under a Llama of 1.2B random weights in bfloat16: packed, and padded
+gradients   per-example gradients of LoRA (r = 8 on q, k, v, o) under the same model, Adam's step and SJLT to 8,192:
+            packed, and by autograd one row at a time, without step and projection
 selectors   facility location, k-center greedy and NovelSelect of 200,000 x 384; loops of plain torch where these take
             seconds
 
-Seconds are of the wall clock with the device idle at both ends, once, after a smaller run of the same. --divide makes
+Seconds are of the wall clock with the device idle at both ends, once, after a run over fewer rows. --divide makes
 everything smaller, and then it runs on a CPU too.
 """
 
@@ -169,6 +171,62 @@ def measure_losses(device: torch.device, divide: int) -> Iterator[dict[str, Any]
            "mean_loss": float(theirs.mean())}  # fmt: skip
 
 
+# ------------------------------------------------------------------------------------ gradients
+
+
+def measure_gradients(device: torch.device, divide: int) -> Iterator[dict[str, Any]]:
+    """The full sequences of the same rows; made-up moments."""
+    import peft
+
+    from fastsel.features.gradient_rows import AdamMoments, BatchFeatures, GradientRule
+    from fastsel.kernels.lora_gradient_sketch import SketchSpec
+    from fastsel.models.lora_forward import LabelledSequence, LoraForward
+
+    base = llama(device, divide)
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    model = peft.get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    took, forward = seconds(lambda: LoraForward(load_model((model, lambda *_: None))), device)
+    yield {"task": "making and checking a LoraForward", "seconds": took, "path": forward.path,
+           "parameters": forward.n_parameters, "ran": dict(forward.implementations)}  # fmt: skip
+    words = base.config.vocab_size
+    rows = [
+        [LabelledSequence(tokens, range(first, len(tokens)))]
+        for tokens, first in sequences_of_rows(max(4, 128 // divide), words)[::2]
+    ]
+    n_tokens = sum(len(row[0].ids) for row in rows)
+    moments = AdamMoments(*(torch.rand(forward.n_parameters, device=device) * size for size in (1e-4, 1e-8)), step=100)
+    rule = GradientRule(step="adam", moments=moments, sketch=SketchSpec(8192))
+
+    def ours(some: list[list[Any]]) -> torch.Tensor:
+        norms = torch.zeros(len(some), dtype=torch.float64)
+        order = sorted(range(len(some)), key=lambda i: len(some[i][0].ids))
+        for start in range(0, len(order), 8):
+            members = order[start : start + 8]
+            features = BatchFeatures(len(members), forward, rule, "auto")
+            forward.run([some[i] for i in members], features)
+            norms[members] = features.sqnorms.cpu()
+        return norms
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def one_by_one(some: list[list[Any]]) -> None:
+        for ((ids, labelled),) in some:
+            tokens = torch.tensor(ids, device=device)
+            logits = model(input_ids=tokens[None], use_cache=False).logits[0, labelled.start - 1 : -1]
+            loss = F.cross_entropy(logits.float(), tokens[labelled.start :])
+            torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters)])
+
+    for name, run in (("packed, Adam and SJLT (fastsel)", ours), ("autograd, one row at a time", one_by_one)):
+        run(rows[:16])
+        took, norms = seconds(partial(run, rows), device)
+        found = {"task": f"gradients, {name}", "seconds": took, "rows": len(rows), "tokens_a_second": n_tokens / took}
+        yield found if norms is None else found | {"finite": bool(torch.isfinite(norms).all())}
+
+
 # ------------------------------------------------------------------------------------ selectors
 
 
@@ -240,7 +298,7 @@ def measure_selectors(device: torch.device, divide: int) -> Iterator[dict[str, A
         k = max(2, PICKS[name] // divide)
         found: dict[str, Any] = {"task": f"{name}, {n:,} x {D}, k = {k:,}", "dtype": "float32"}
         try:
-            ours[name](few, max(2, k // 10))
+            ours[name](few, k)  # as many picks: kernels are compiled for their number
             found["seconds"], (picks, _) = seconds(partial(ours[name], x, k), device)
             most = max(2, PLAIN_PICKS[name] // divide)
             plain[name](few, 2)
@@ -256,6 +314,7 @@ def measure_selectors(device: torch.device, divide: int) -> Iterator[dict[str, A
 
 TASKS: dict[str, Callable[[torch.device, int], Iterator[dict[str, Any]]]] = {
     "losses": measure_losses,
+    "gradients": measure_gradients,
     "selectors": measure_selectors,
 }
 

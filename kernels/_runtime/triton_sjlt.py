@@ -38,7 +38,7 @@ SUM_BLOCK = 1024
 # architecture: most of BLOCK_K, most ROWS, numbers of a thread, STAGES (2: the next block comes while one is added)
 SJLT_TABLE = {
     "sm_80": (8192, 2, 32, 2),
-    "sm_90": (8192, 2, 32, 2),
+    "sm_90": (8192, 2, 32, 1),
     "sm_100": (8192, 2, 32, 2),
     "gfx942": (8192, 2, 32, 1),
 }

@@ -42,33 +42,51 @@ from fastsel.kernels._runtime.triton_launch import Launch, Programs, Work, no_de
 MOST_SLICE_POINTS = 65_536  # of one program
 ENOUGH_PROGRAMS = 1024  # seven a multiprocessor on the largest chip: then the last wave costs little
 GROUP = 8  # slices whose programs run side by side
+FEW_CANDIDATES, FEW_POINTS = 64, 128
 NORM_ROWS, NORM_D = 32, 64  # tile of the kernel that measures rows
 # (architecture, bytes of an element, variant):
 #     BLOCK_C, MORE_C, BLOCK_P, BLOCK_D, num_warps, num_stages, float32 products, parts
-# "dot": raised or weights, not both; "unaligned": rows are no multiple of 16 elements; "all": the rest.
+# "dot": raised or weights, not both; "candidates" and "points": the same with at most FEW_CANDIDATES or FEW_POINTS of
+# them; "unaligned": rows are no multiple of 16 elements; "all": the rest.
 # parts: of its points, in which a tile is summed, for want of registers.
 LAUNCH_TABLE = {
+    ("sm_80", 2, "candidates"): (128, 0, 128, 32, 4, 4, "ieee", 1),
+    ("sm_80", 2, "points"): (128, 0, 128, 32, 4, 4, "ieee", 1),
     ("sm_80", 2, "dot"): (128, 0, 128, 32, 4, 4, "ieee", 1),
     ("sm_80", 2, "all"): (128, 0, 128, 32, 4, 3, "ieee", 1),
     ("sm_80", 2, "unaligned"): (64, 0, 64, 32, 4, 2, "ieee", 1),
+    ("sm_80", 4, "candidates"): (64, 0, 64, 32, 4, 3, "tf32", 1),
+    ("sm_80", 4, "points"): (64, 0, 64, 32, 4, 3, "tf32", 1),
     ("sm_80", 4, "dot"): (64, 0, 64, 32, 4, 3, "tf32", 1),
     ("sm_80", 4, "all"): (64, 0, 64, 32, 4, 3, "tf32", 1),
     ("sm_80", 4, "unaligned"): (64, 0, 32, 32, 4, 2, "tf32", 1),
+    ("sm_90", 2, "candidates"): (64, 0, 128, 64, 4, 3, "ieee", 1),
+    ("sm_90", 2, "points"): (128, 0, 128, 64, 4, 3, "ieee", 1),
     ("sm_90", 2, "dot"): (128, 64, 256, 32, 8, 4, "ieee", 1),
     ("sm_90", 2, "all"): (128, 0, 256, 64, 8, 3, "ieee", 1),
     ("sm_90", 2, "unaligned"): (64, 0, 64, 32, 4, 2, "ieee", 1),
-    ("sm_90", 4, "dot"): (128, 0, 64, 32, 4, 3, "tf32", 1),
+    ("sm_90", 4, "candidates"): (64, 0, 64, 32, 4, 3, "tf32", 1),
+    ("sm_90", 4, "points"): (128, 0, 128, 32, 8, 3, "tf32", 1),
+    ("sm_90", 4, "dot"): (128, 0, 128, 32, 8, 3, "tf32", 1),
     ("sm_90", 4, "all"): (128, 0, 64, 32, 4, 3, "tf32", 1),
     ("sm_90", 4, "unaligned"): (64, 0, 64, 32, 4, 2, "tf32", 1),
+    ("sm_100", 2, "candidates"): (64, 0, 128, 64, 4, 3, "ieee", 1),
+    ("sm_100", 2, "points"): (128, 0, 128, 64, 4, 3, "ieee", 1),
     ("sm_100", 2, "dot"): (128, 128, 256, 32, 8, 4, "ieee", 4),
     ("sm_100", 2, "all"): (128, 0, 256, 32, 8, 4, "ieee", 2),
     ("sm_100", 2, "unaligned"): (64, 0, 64, 32, 4, 2, "ieee", 1),
+    ("sm_100", 4, "candidates"): (64, 0, 128, 32, 8, 3, "tf32", 1),
+    ("sm_100", 4, "points"): (128, 0, 128, 32, 8, 3, "tf32", 1),
     ("sm_100", 4, "dot"): (128, 128, 128, 32, 8, 3, "tf32", 1),
     ("sm_100", 4, "all"): (128, 128, 128, 32, 8, 3, "tf32", 4),
     ("sm_100", 4, "unaligned"): (64, 0, 64, 32, 4, 2, "tf32", 1),
+    ("gfx942", 2, "candidates"): (128, 0, 128, 64, 8, 2, "ieee", 1),
+    ("gfx942", 2, "points"): (128, 0, 128, 64, 8, 2, "ieee", 1),
     ("gfx942", 2, "dot"): (128, 0, 128, 64, 8, 2, "ieee", 1),
     ("gfx942", 2, "all"): (128, 0, 128, 64, 8, 2, "ieee", 1),
     ("gfx942", 2, "unaligned"): (64, 0, 64, 32, 4, 2, "ieee", 1),
+    ("gfx942", 4, "candidates"): (128, 0, 128, 32, 8, 2, "ieee", 1),
+    ("gfx942", 4, "points"): (128, 0, 128, 32, 8, 2, "ieee", 1),
     ("gfx942", 4, "dot"): (128, 0, 128, 32, 8, 2, "ieee", 1),
     ("gfx942", 4, "all"): (128, 0, 128, 32, 8, 2, "ieee", 1),
     ("gfx942", 4, "unaligned"): (64, 0, 64, 32, 4, 2, "ieee", 1),
@@ -260,7 +278,9 @@ def _variant(
     # Triton knows of an alignment only when a stride is a multiple of 16 elements.
     if any(x.shape[1] % 16 or x.stride(0) % 16 or x.stride(1) != 1 for x in (candidates, points)):
         return "unaligned"
-    return "dot" if similarity == "dot" and (raised is None or weights is None) else "all"
+    if similarity != "dot" or (raised is not None and weights is not None):
+        return "all"
+    return "candidates" if len(candidates) <= FEW_CANDIDATES else "points" if len(points) <= FEW_POINTS else "dot"
 
 
 def plan(

@@ -33,43 +33,51 @@ from fastsel.kernels._runtime.triton_blocks import tile_product
 from fastsel.kernels._runtime.triton_launch import Launch, Programs, Work, no_device
 from fastsel.kernels.k_center.api import FARTHEST_BLOCK
 
-FEW_CENTRES = 64  # up to here one narrow tile holds all centres
+FEWEST_CENTRES, FEW_CENTRES = 16, 64  # up to here one narrow tile holds all centres
 # (architecture, bytes of an element, variant):
 #     BLOCK_N, MORE_N, BLOCK_B, BLOCK_D, num_warps, num_stages, float32 products
-# BLOCK_N is FARTHEST_BLOCK, MORE_N 0 or a multiple of it. "few": at most FEW_CENTRES centres; "many";
+# BLOCK_N is FARTHEST_BLOCK, MORE_N 0 or a multiple of it. "fewest" and "few": at most as many centres; "many";
 # "unaligned": rows are no multiple of 16 elements.
 LAUNCH_TABLE = {
+    ("sm_80", 2, "fewest"): (128, 0, 16, 64, 4, 3, "ieee"),
     ("sm_80", 2, "few"): (128, 0, 64, 64, 4, 3, "ieee"),
     ("sm_80", 2, "many"): (128, 0, 128, 64, 8, 3, "ieee"),
     ("sm_80", 2, "unaligned"): (128, 0, 64, 32, 4, 2, "ieee"),
+    ("sm_80", 4, "fewest"): (128, 0, 16, 32, 4, 3, "tf32x3"),
     ("sm_80", 4, "few"): (128, 0, 32, 32, 4, 3, "tf32x3"),
     ("sm_80", 4, "many"): (128, 0, 32, 32, 4, 3, "tf32x3"),
     ("sm_80", 4, "unaligned"): (128, 0, 32, 32, 8, 2, "tf32x3"),
+    ("sm_90", 2, "fewest"): (128, 0, 16, 128, 4, 3, "ieee"),
     ("sm_90", 2, "few"): (128, 0, 64, 64, 4, 4, "ieee"),
-    ("sm_90", 2, "many"): (128, 256, 128, 32, 8, 4, "ieee"),
+    ("sm_90", 2, "many"): (128, 0, 256, 64, 8, 3, "ieee"),
     ("sm_90", 2, "unaligned"): (128, 0, 64, 32, 4, 2, "ieee"),
+    ("sm_90", 4, "fewest"): (128, 0, 16, 64, 4, 3, "tf32x3"),
     ("sm_90", 4, "few"): (128, 0, 64, 32, 8, 3, "tf32x3"),
-    ("sm_90", 4, "many"): (128, 0, 64, 32, 8, 3, "tf32x3"),
+    ("sm_90", 4, "many"): (128, 0, 128, 32, 8, 3, "tf32x3"),
     ("sm_90", 4, "unaligned"): (128, 0, 64, 32, 8, 2, "tf32x3"),
+    ("sm_100", 2, "fewest"): (128, 0, 16, 64, 4, 4, "ieee"),
     ("sm_100", 2, "few"): (128, 0, 64, 64, 4, 4, "ieee"),
     ("sm_100", 2, "many"): (128, 128, 256, 32, 8, 4, "ieee"),
     ("sm_100", 2, "unaligned"): (128, 0, 64, 32, 4, 2, "ieee"),
+    ("sm_100", 4, "fewest"): (128, 0, 16, 32, 4, 3, "tf32x3"),
     ("sm_100", 4, "few"): (128, 0, 64, 32, 4, 3, "tf32x3"),
     ("sm_100", 4, "many"): (128, 128, 128, 32, 8, 3, "tf32x3"),
     ("sm_100", 4, "unaligned"): (128, 0, 64, 32, 8, 2, "tf32x3"),
+    ("gfx942", 2, "fewest"): (128, 0, 16, 64, 4, 2, "ieee"),
     ("gfx942", 2, "few"): (128, 0, 64, 64, 4, 2, "ieee"),
     ("gfx942", 2, "many"): (128, 0, 128, 64, 8, 2, "ieee"),
     ("gfx942", 2, "unaligned"): (128, 0, 64, 32, 4, 2, "ieee"),
+    ("gfx942", 4, "fewest"): (128, 0, 16, 32, 4, 2, "ieee"),
     ("gfx942", 4, "few"): (128, 0, 64, 32, 4, 2, "ieee"),
     ("gfx942", 4, "many"): (128, 0, 128, 32, 8, 2, "ieee"),
     ("gfx942", 4, "unaligned"): (128, 0, 64, 32, 4, 2, "ieee"),
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["wrap_mask"])
 def nearest_kernel(
     points_ptr, centres_ptr, nearest_ptr, rows_ptr, point_sqnorms_ptr, centre_sqnorms_ptr, out_ptr, farthest_ptr,
-    M, B, D, stride_points_n, stride_points_d, stride_centres_b, stride_centres_d,
+    M, B, D, wrap_mask, stride_points_n, stride_points_d, stride_centres_b, stride_centres_d,
     BLOCK_N: tl.constexpr, MORE_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -84,10 +92,14 @@ def nearest_kernel(
         more_point, more_points_at = _rows_of(points_ptr, rows_ptr, more_at, in_d, M, stride_points_n, stride_points_d)
         more_least = tl.full([MORE_N], float("inf"), tl.float32)
     for b0 in range(0, B, BLOCK_B):
-        # A centre that is read twice changes no minimum, so that columns past the end need no mask either. They read
-        # all centres of the tile again: one centre for all of them, and its line of memory was what 16 centres waited
-        # for (0.96 ms on an H200, where 64 take 0.48).
-        centre = (b0 + tl.arange(0, BLOCK_B) % tl.minimum(BLOCK_B, B - b0)).to(tl.int64)
+        # A centre that is read twice changes no minimum, so that columns past the end need no mask either. In narrow
+        # tiles they read other centres, as many as there are: 16 centres waited for the one line of memory that all
+        # asked for (0.96 ms on an H200, where 64 take 0.48). Elsewhere that costs registers which are not there.
+        in_tile = tl.arange(0, BLOCK_B)
+        if BLOCK_B <= 64 and EVEN_D:
+            centre = tl.where(b0 + in_tile < B, b0 + in_tile, in_tile & wrap_mask).to(tl.int64)
+        else:
+            centre = tl.minimum(b0 + in_tile, B - 1).to(tl.int64)
         centres_at = centres_ptr + centre[:, None] * stride_centres_b + in_d[None, :] * stride_centres_d
         # p . c - |c|^2 / 2, of which the largest is the nearest's: no vector of norms is left for the tile's end.
         half_norms = tl.load(centre_sqnorms_ptr + centre) * -0.5
@@ -175,7 +187,8 @@ def plan(
     (b, d), m = centres.shape, len(points) if rows is None else len(rows)
     # Triton knows of an alignment only when a stride is a multiple of 16 elements.
     is_unaligned = any(x.shape[1] % 16 or x.stride(0) % 16 or x.stride(1) != 1 for x in (points, centres))
-    variant = "unaligned" if is_unaligned else "few" if b <= FEW_CENTRES else "many"
+    variant = "fewest" if b <= FEWEST_CENTRES else "few" if b <= FEW_CENTRES else "many"
+    variant = "unaligned" if is_unaligned else variant
     key = (architecture, points.element_size(), variant)
     block_n, more_n, block_b, block_d, num_warps, num_stages, precision = LAUNCH_TABLE[key]
     blocks = triton.cdiv(m, FARTHEST_BLOCK)
@@ -189,6 +202,7 @@ def plan(
         | {"rows_ptr": None if rows is None else rows.contiguous()}
         | {"point_sqnorms_ptr": point_sqnorms.contiguous(), "centre_sqnorms_ptr": centre_sqnorms.contiguous()}
         | {"out_ptr": out, "farthest_ptr": farthest, "M": m, "B": b, "D": d}
+        | {"wrap_mask": (1 << max(1, b).bit_length() - 1) - 1}  # the largest power of two that b reaches, less 1
         | {"stride_points_n": points.stride(0), "stride_points_d": points.stride(1)}
         | {"stride_centres_b": centres.stride(0), "stride_centres_d": centres.stride(1)},
         {"BLOCK_N": block_n, "MORE_N": more_n, "BLOCK_B": block_b, "BLOCK_D": block_d}

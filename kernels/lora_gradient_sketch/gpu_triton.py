@@ -41,7 +41,7 @@ PAIRS_BLOCK = 1024  # numbers of one program of pairs_kernel
 PRODUCTS_TABLE = {
     ("sm_80", 2): (128, 128, 32, 4, 3, 1024),
     ("sm_80", 4): (64, 64, 32, 4, 3, 1024),
-    ("sm_90", 2): (128, 128, 64, 4, 3, 1024),
+    ("sm_90", 2): (64, 128, 64, 4, 3, 2048),
     ("sm_90", 4): (64, 64, 32, 4, 3, 1024),
     ("sm_100", 2): (128, 128, 64, 4, 3, 1024),
     ("sm_100", 4): (128, 64, 32, 4, 3, 1024),
@@ -55,7 +55,7 @@ GRADIENTS_TABLE = {
     ("sm_80", 2, "any"): (64, 64, 64, 4, 3),
     ("sm_80", 4, "whole"): (64, 64, 32, 4, 1),
     ("sm_80", 4, "any"): (64, 64, 32, 4, 1),
-    ("sm_90", 2, "whole"): (128, 128, 32, 8, 3),
+    ("sm_90", 2, "whole"): (64, 64, 32, 4, 3),
     ("sm_90", 2, "any"): (64, 64, 64, 4, 3),
     ("sm_90", 4, "whole"): (64, 64, 32, 4, 1),
     ("sm_90", 4, "any"): (64, 64, 32, 4, 1),
@@ -71,7 +71,7 @@ GRADIENTS_TABLE = {
 PRECISION = {"sm_80": "tf32x3", "sm_90": "tf32x3", "sm_100": "tf32x3", "gfx942": "ieee"}  # of float32 products
 WHOLE = 128
 # bytes of a target: BLOCK_N, BLOCK_S, BLOCK_P, num_warps, num_stages
-DOTS_BLOCK = {2: (16, 16, 128, 1, 3), 4: (16, 16, 64, 4, 3)}
+DOTS_BLOCK = {2: (16, 16, 128, 2, 3), 4: (16, 16, 64, 4, 3)}
 SEGMENT_BITS = 15  # a program of the sketch goes through 2^15 coordinates at least
 STEPS = {"none": 0, "adam": 1, "sign": 2}
 

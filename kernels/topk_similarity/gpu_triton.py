@@ -35,7 +35,7 @@ from fastsel.kernels._runtime.triton_blocks import tile_product
 from fastsel.kernels._runtime.triton_launch import Launch, Programs, Work, no_device
 from fastsel.kernels.topk_similarity.contenders import common_centre, number_kept
 
-PROGRAMS_WANTED = 1024  # enough for every multiprocessor to have several; more slices mean more contenders
+PROGRAMS_WANTED = 512  # enough for every multiprocessor to have several; more slices mean more contenders
 LEAST_TILES = 8  # tiles of a slice: below, most of the time goes into first contenders
 MOST_KEPT = 64
 DECIDE_TILE = 512  # contenders x features that a program of the second kernel holds; 1,024 spill here and there

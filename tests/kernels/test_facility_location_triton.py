@@ -102,6 +102,8 @@ def check_values_match_the_reference_on_larger_cases(name):
 
 TILES = Case("tiles", 300, 290, 96, "two blocks, two tiles")
 VARIANTS = {
+    "candidates": TILES._replace(n=50, raised=True),
+    "points": TILES._replace(m=100, raised=True),
     "dot": TILES._replace(raised=True),
     "all": TILES._replace(raised=True, weights=True, similarity="exp_distance", gamma=0.5),
     "unaligned": TILES._replace(d=77, weights=True),
@@ -227,6 +229,8 @@ def test_machine_code_of_an_update_in_16_bits(architecture):
 
 
 OF_VARIANT = {
+    "candidates": [{"n": 50}, {"n": 50, "raised": True}, {"n": 16, "weights": True}, {"n": 16, "has_floor": False}],
+    "points": [{"m": 100}, {"m": 100, "raised": True}, {"m": 16, "weights": True}, {"m": 16, "has_floor": False}],
     "dot": [{}, {"raised": True}, {"weights": True}, {"has_floor": False}],
     "all": [
         {"raised": True, "weights": True},

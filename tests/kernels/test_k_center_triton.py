@@ -70,7 +70,9 @@ def check_values_match_the_reference(name, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 @pytest.mark.parametrize("architecture", triton_proof.TARGETS)
-@pytest.mark.parametrize(("b", "d"), [(30, 128), (150, 96), (150, 77)], ids=["few", "many", "unaligned"])
+@pytest.mark.parametrize(
+    ("b", "d"), [(9, 128), (30, 128), (150, 96), (150, 77)], ids=["fewest", "few", "many", "unaligned"]
+)
 def check_values_with_the_tiles_of_every_architecture(architecture, b, d, dtype, monkeypatch):
     monkeypatch.setattr(kernel, "triton_architecture", lambda tensor: architecture)
     compare(make_inputs(Case("tiles", 200, d, b, "", m=180), dtype, "cpu"))
@@ -140,7 +142,7 @@ def test_machine_code_for_16_bit_points(architecture):
 @pytest.mark.parametrize("key", kernel.LAUNCH_TABLE, ids=lambda key: "-".join(map(str, key)))
 def test_machine_code_of_every_entry(key, rows):
     architecture, itemsize, variant = key
-    b, d = (40 if variant == "few" else 256), (77 if variant == "unaligned" else 1024)
+    b, d = {"fewest": 9, "few": 40}.get(variant, 256), (77 if variant == "unaligned" else 1024)
     launch = launch_of(architecture, DTYPES[itemsize], b=b, d=d, rows=rows, begun=not rows)
     blocks = tuple(launch.constants[name] for name in ("BLOCK_N", "MORE_N", "BLOCK_B", "BLOCK_D"))
     assert blocks == kernel.LAUNCH_TABLE[key][:4] and blocks[0] == 128
@@ -157,10 +159,11 @@ def test_machine_code_of_masked_features_and_sizes_of_one(architecture):
     assert_sound(launch_of(architecture, torch.float32, n=1, b=1, d=1), architecture, allowed=["narrow loads"])
 
 
-# Most that a prediction may exceed the floor; what lies above 1.3 has its reason in docs/measured.md.
+# Most that a prediction may exceed the floor; what lies above 1.3 has its reason in docs/measured.md, or is a tile
+# that was fastest on an H200.
 PREDICTED = [
     ("A100", torch.bfloat16, 64, 1.05), ("A100", torch.bfloat16, 256, 1.15), ("A100", torch.float32, 256, 1.05),
-    ("H100", torch.bfloat16, 64, 1.05), ("H100", torch.bfloat16, 256, 1.1), ("H100", torch.bfloat16, 1024, 1.25),
+    ("H100", torch.bfloat16, 64, 1.05), ("H100", torch.bfloat16, 256, 1.2), ("H100", torch.bfloat16, 1024, 1.4),
     ("H100", torch.float32, 256, 1.1),
     ("B200", torch.bfloat16, 64, 1.05), ("B200", torch.bfloat16, 256, 1.15), ("B200", torch.float32, 64, 1.3),
     ("B200", torch.bfloat16, 1024, 1.2), ("B200", torch.float32, 1024, 1.4),
