@@ -21,11 +21,12 @@ def floor(dtype: torch.dtype, reduction_length: int, magnitude: float = 1.0, *, 
 
     The reduction is accumulated in float32 at least; the result is rounded to `dtype`. A GPU's matrix units cut what
     they add up, 16 terms at a time, instead of rounding: these errors, half a unit in the last place, have one sign.
+    float32 numbers split into two parts each leave out the product of the smaller ones: a unit or two.
     """
     accumulate = EPSILON[torch.float64 if dtype == torch.float64 else torch.float32]
     units = math.sqrt(max(1, reduction_length))
     if on_a_gpu:
-        units = max(units, reduction_length / 32)
+        units = max(units + 2, reduction_length / 32)
     return magnitude * (EPSILON[dtype] + accumulate * units)
 
 

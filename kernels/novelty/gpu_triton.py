@@ -14,7 +14,7 @@ Accumulator: float32 for products, float64 for the sums over ranks. float32 prod
     NVIDIA, true float32 on AMD. Equal keys keep the order of their runs, so that bits repeat.
 Limits: float32, bfloat16, float16; any strides, but rows that are no multiple of 16 elements are read narrowly.
 
-Ladder: docs/measured.md has the predicted times and what was tried (no GPU has run this file yet).
+Ladder: docs/measured.md has the predicted times and what was tried and those measured on an H200.
 """
 
 import torch

@@ -12,7 +12,7 @@ A tile is compared with the worst kept contender of each query. Entries above it
     a query meets about k (1 + ln(n / k)) such entries in all. No sort, no atomics.
 Accumulator: float32; float64 in the second kernel. float32 products: three TF32 products ("tf32x3") on NVIDIA.
 Ladder, predicted from the compiled kernel for 1,000,000 queries and points, d = 1,024, k = 10, dot products with the
-    minimum (no GPU has run this file yet); the loop over entries is counted as one turn a tile:
+    minimum (measured: docs/measured.md); the loop over entries is counted as one turn a tile:
                 bfloat16, H100 (floor 2.07 s)                   A100 (6.57 s)             B200 (0.91 s)
     2026-11-26  128 x 128, 8 warps     4.18 s  cache-bound       8.52 s  shared memory     2.19 s  cache-bound
     2026-11-26  128 x 128, 4 warps     3.46 s  cache-bound       6.63 s, but spills        1.69 s, but spills

@@ -15,7 +15,7 @@ Limits: float32 heads up to 128, 16-bit heads up to 256 (wider ones spill); size
     one feature get a second one: where tokens and features are both 1 apart, 16-bit products of Triton 3.6 for H100
     read outside shared memory.
 
-Ladder, predicted for one H100 from the compiled kernel, bfloat16 (no GPU has run this file yet):
+Ladder, predicted for one H100 from the compiled kernel, bfloat16 (an H200 took three times as long: docs/measured.md):
     A: 9 query heads on 3 key heads of 64, 120 sequences, 26,110 tokens (floor 23.9 us: the bytes);
     B: the same heads, one prompt of 2,048 tokens, 8 answers of 512 (floor 26.9 us: the exponentials)
     2026-11-22  128 rows x 64 keys, 8 warps, one program a multiprocessor     23.9 us    41.5 us   issue-bound
