@@ -11,7 +11,7 @@ Accumulator: float32. float32 products: three TF32 products ("tf32x3") on NVIDIA
 Limits: float32, bfloat16, float16; any strides, but rows that are no multiple of 16 elements are read narrowly.
     A tile with fewer centres than BLOCK_B multiplies padding: with few new centres the read of the points is the time.
 
-Ladder, predicted for one H100 from the compiled kernel, n = 1,000,000, d = 1,024, bfloat16 (measured: docs/measured.md):
+Ladder, predicted for one H100, n = 1,000,000, d = 1,024, bfloat16 (docs/measured.md: measured):
     64 centres (floor 0.615 ms, the read of the points) and 256 centres (the same floor)
     2026-11-26  tile 128 x 64, 4 warps, two programs a multiprocessor      0.615 ms    -
     2026-11-26  tile 128 x 128, 8 warps                                    -           0.970 ms   cache-bound
