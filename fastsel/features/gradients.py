@@ -174,7 +174,7 @@ def lora_gradients(
         step, eps_mode, moments, targets, sketch, dense, trak: see GradientRule. Coordinates follow named_parameters(),
             A before B, row by row.
         batch_tokens: tokens a pass processes at once; None takes 2,048 on a CPU and 16,384 on a GPU, or fewer where
-            these would keep more than lora_forward.ACTIVATION_BYTES for the backward.
+            these would keep more than lora_forward.activation_bytes() for the backward.
         checkpointing: see LoraForward.run.
         implementation: of lora_gradient_sketch, "auto" or a name.
         forward: the model's LoraForward, where one was made before; it is made here otherwise.
@@ -283,8 +283,9 @@ def _what_runs(forward: LoraForward, rule: GradientRule, implementation: str) ->
 
 
 def _batch_tokens(forward: LoraForward) -> int:
-    most = MOST_BATCH_TOKENS["cpu" if forward.loaded.device.type == "cpu" else "cuda"]
-    return max(1, min(most, int(lora_forward.ACTIVATION_BYTES / forward.bytes_per_token)))
+    device = forward.loaded.device
+    most = MOST_BATCH_TOKENS["cpu" if device.type == "cpu" else "cuda"]
+    return max(1, min(most, int(lora_forward.activation_bytes(device) / forward.bytes_per_token)))
 
 
 def _adapter_name(modules: Sequence[LoraModule]) -> str:

@@ -34,7 +34,8 @@ from fastsel.models.segment_attention import ATTENTION_NAME, packed_lengths, seg
 
 __all__ = ["Consumer", "LabelledSequence", "LoraForward", "ModuleTokens"]
 
-# What a forward may keep for its backward; batches that would keep more compute some of their layers twice instead.
+# What a forward may keep for its backward; batches that would keep more compute some of their layers twice instead. A
+# GPU may keep an eighth of its memory, if that is more.
 ACTIVATION_BYTES = 832 << 20
 # What the process may grow by before it gives freed memory back; with a tile of logits and what comes between two looks
 # it stays below 1.5 GB.
@@ -43,6 +44,13 @@ GROWTH_BYTES = 1072 << 20
 PROBE_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 # Below what float16 can tell from 0 lie many of the gradients of a mean; the factor is taken out again exactly.
 LOSS_SCALE = {torch.float16: 2.0**10}
+
+
+def activation_bytes(device: torch.device) -> int:
+    """What a forward may keep for its backward there."""
+    if device.type != "cuda":
+        return ACTIVATION_BYTES
+    return max(ACTIVATION_BYTES, torch.cuda.get_device_properties(device).total_memory // 8)
 
 
 class LoraForward:
@@ -113,7 +121,7 @@ class LoraForward:
             consumer: called with the ModuleTokens of all examples, during the backward, so from the highest layer down;
                 on the path "one by one", and for sequences that cannot be packed, for each example alone.
             checkpointing: keep only each layer's input and compute the layer again in the backward; None does so with
-                as many layers as it takes to keep at most ACTIVATION_BYTES.
+                as many layers as it takes to keep at most activation_bytes().
 
         Returns:
             Float64 [n], on the CPU: each example's loss. NaN where its logits are not finite, which leaves the others
@@ -160,7 +168,8 @@ class LoraForward:
         n_tokens = int(batch.offsets[-1])
         twice = float(checkpointing or False)  # share of the layers
         if checkpointing is None:
-            twice = max(0.0, 1 - ACTIVATION_BYTES / (n_tokens * self.bytes_per_token or 1.0))
+            kept = activation_bytes(self.loaded.device)
+            twice = max(0.0, 1 - kept / (n_tokens * self.bytes_per_token or 1.0))
         row_counts = [n_tokens] if packed else batch.lengths
         capture = Capture(self.modules, consumer, batch.offsets, members, self._scale, row_counts)
 

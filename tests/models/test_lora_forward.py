@@ -2,6 +2,7 @@
 
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -429,3 +430,12 @@ def test_refuses_examples_without_labels_and_too_long_ones():
     for example, message in refused:
         with pytest.raises(ValueError, match=message):
             forward.run([example], lambda _: None)
+
+
+def test_a_gpu_may_keep_an_eighth_of_its_memory(monkeypatch):
+    sizes = {0: 80 << 30, 1: 2 << 30}
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=sizes[device.index])
+    )
+    kept = [lora_forward.activation_bytes(torch.device(name)) for name in ("cpu", "cuda:0", "cuda:1")]
+    assert kept == [lora_forward.ACTIVATION_BYTES, 10 << 30, lora_forward.ACTIVATION_BYTES]
