@@ -170,7 +170,7 @@ def test_a_prediction_of_work_that_does_not_fit_the_code_is_refused():
 
 
 def test_work_of_attention_counts_each_tile_once():
-    launch = tree_launch("sm_90", torch.bfloat16, 64, segments=Segments([0, 300, 400], [-1, 0]))
+    launch = tree_launch("sm_100", torch.bfloat16, 64, segments=Segments([0, 300, 400], [-1, 0]))
     assert launch.constants["GROUP"] == 2 and launch.constants["BLOCK_Q"] == 128 and launch.constants["BLOCK_K"] == 64
     programs = tree_kernel.work(launch, Segments([0, 300, 400], [-1, 0]), 64).programs
     # Tokens 300:364 of the answer see one merged range of 364 rows: 301 by all, 4 whole tiles, 2 that need a mask.
