@@ -231,10 +231,7 @@ class Coverage:
         """Points as the kernel reads them beside candidates: of the same type."""
         if self.rounded_to != "bfloat16":
             return self._float32(self.points, over)
-        whole = self._bfloat16(self.points)
-        if isinstance(over, slice):
-            return whole if over == slice(0, self.m) else whole[over]
-        return whole[over.to(self.device)]
+        return self._some(self._bfloat16(self.points), over)
 
     def _bfloat16(self, rows: Rows) -> torch.Tensor:
         """All rows in bfloat16, made once."""
@@ -269,8 +266,12 @@ class Coverage:
                 block = slice(start, min(rows.n, start + BLOCK_ROWS))
                 whole[block] = (rows.exact(block) - self._centre).float()
             self._centred[rows] = whole
+        return self._some(whole, over)
+
+    def _some(self, whole: torch.Tensor, over: slice | torch.Tensor) -> torch.Tensor:
+        """Rows of a matrix; all of them are the same tensor again."""
         if isinstance(over, slice):
-            return whole if over == slice(0, rows.n) else whole[over]
+            return whole if over == slice(0, len(whole)) else whole[over]
         return whole[over.to(self.device)]
 
     def _mean(self) -> torch.Tensor:
