@@ -29,6 +29,18 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(missing_browser)} on the PATH"))
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A token for each byte; nothing is merged."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds():
     random.seed(0)
