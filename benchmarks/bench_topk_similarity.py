@@ -81,11 +81,11 @@ def test_search(compare_all, peak_memory, case):
 
 @pytest.mark.gate
 def test_gate(compare):
-    """Small enough for CI: no slower than torch's product with topk."""
-    queries, points, k, *rest = make_inputs(CASES["covering"], torch.float32, "cpu")
-    inputs = (queries[:2000], points, 10, *rest)
+    """No slower than torch's product with topk. Small enough for CI, large enough for much the same ratio each time."""
+    queries, points, _, *rest = make_inputs(SEARCH, torch.float32, "cpu")
+    inputs = (queries[:2000], points[:20_000], 10, *rest)
     found = compare(
-        lambda: topk_similarity(queries[:2000], points, 10), lambda: product_and_topk(queries[:2000], points, 10),
-        op="topk_similarity", case="gate: 2,000 x 2,000 x 384, k=10", name="torch mm + topk", check=agrees(inputs),
+        lambda: topk_similarity(*inputs[:3]), lambda: product_and_topk(*inputs[:3]),
+        op="topk_similarity", case="gate: 2,000 x 20,000 x 384, k=10", name="torch mm + topk", check=agrees(inputs),
     )  # fmt: skip
-    assert found.ratio_cpu > 0.9
+    assert found.ratio_cpu > 1.0
