@@ -27,10 +27,11 @@ def compute(
         block = slice(start, start + rows)
         z, u = gate[block].to(wide), up[block].to(wide)
         if result is not None:
-            result[block] = F.silu(z) * u
+            torch.mul(F.silu(z), u, out=result[block])
         else:
             d = d_out[block].to(wide)
-            # Both are formed before either is written: out may be gate, up or d_out.
-            of_gate, of_up = torch.ops.aten.silu_backward(d * u, z), F.silu(z) * d
-            d_gate[block], d_up[block] = of_gate, of_up
+            # All inputs are read before anything is written: out may be gate, up or d_out.
+            of_gate, silu = torch.ops.aten.silu_backward(d * u, z), F.silu(z)
+            torch.mul(silu, d, out=d_up[block])
+            d_gate[block] = of_gate
     return (d_gate, d_up) if result is None else result
