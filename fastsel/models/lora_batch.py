@@ -41,11 +41,14 @@ Consumer = Callable[[ModuleTokens], None]
 
 @dataclass
 class LabelledBatch:
-    """Examples in one packed row; the last labelled token of a sequence, and what follows it, predicts nothing."""
+    """Examples in one packed row; the last labelled token of a sequence, and what follows it, predicts nothing.
+
+    Behind them may come tokens that belong to no example and have no label.
+    """
 
     token_ids: torch.Tensor  # [t]
     position_ids: torch.Tensor  # [t]
-    lengths: list[int]  # of each sequence
+    lengths: list[int]  # of each sequence, fillers among them
     offsets: torch.Tensor  # [n + 1], CPU
     rows: torch.Tensor  # [l], packed rows that predict a labelled token
     targets: torch.Tensor  # [l]
@@ -53,8 +56,14 @@ class LabelledBatch:
     example_of_label: torch.Tensor  # [l], CPU
 
 
-def lay_out(examples: Sequence[Sequence[LabelledSequence]], device: torch.device, loss_scale: float) -> LabelledBatch:
-    """The examples one after another; weights are loss_scale over the number of an example's labelled tokens."""
+def lay_out(
+    examples: Sequence[Sequence[LabelledSequence]], device: torch.device, loss_scale: float, multiple: int = 1
+) -> LabelledBatch:
+    """The examples one after another, filled up to a multiple of tokens.
+
+    Weights are loss_scale over the number of an example's labelled tokens. The fillers are sequences of their own, none
+    longer than the longest of the examples'.
+    """
     ids: list[int] = []
     positions: list[int] = []
     lengths: list[int] = []
@@ -73,6 +82,10 @@ def lay_out(examples: Sequence[Sequence[LabelledSequence]], device: torch.device
             weights += [loss_scale / n_labelled] * len(sequence.labelled)
             owners += [number] * len(sequence.labelled)
         offsets.append(len(ids))
+    while fillers := min(-len(ids) % multiple, max(lengths, default=0)):
+        ids += ids[:1] * fillers
+        positions += range(fillers)
+        lengths.append(fillers)
     where: dict[str, Any] = {"dtype": torch.int64, "device": device}
     return LabelledBatch(
         torch.tensor(ids, **where),
@@ -100,6 +113,7 @@ class Capture:
     ) -> None:
         self._modules, self._consumer, self._offsets, self._examples = modules, consumer, offsets, examples
         self._loss_scale, self._row_counts = loss_scale, row_counts
+        self._n_tokens = int(offsets[-1])
         self._uses = [0] * len(modules)
         self._reported: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in modules]
         self._done = [False] * len(modules)
@@ -111,11 +125,11 @@ class Capture:
             self._uses[module.number] += 1
 
     def hand_over(self, module: LoraModule, x: torch.Tensor, delta: torch.Tensor) -> None:
-        """One use of a module reports."""
+        """One use of a module reports; what it says of fillers is left out."""
         if len(x) not in self._row_counts:
             raise CannotPackError(f"its layer {module.name} runs over other tokens than the sequence has")
         reported = self._reported[module.number]
-        reported.append((x, delta))
+        reported.append((x[: self._n_tokens], delta[: self._n_tokens]))
         if len(reported) == self._uses[module.number]:
             self._give(module)
 

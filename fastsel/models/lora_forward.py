@@ -24,6 +24,8 @@ import torch
 from fastsel.errors import FastselWarning, InputError
 from fastsel.kernels._runtime.dispatch import recording
 from fastsel.kernels._runtime.freed_memory import FreedMemory
+from fastsel.models.frozen_linear import ROWS_MULTIPLE, FrozenLinears
+from fastsel.models.gated_mlp import find_gated_mlps, gates_fused
 from fastsel.models.layer_checkpointing import layers_computed_twice
 from fastsel.models.loading import LoadedModel
 from fastsel.models.lora_batch import Capture, Consumer, LabelledBatch, LabelledSequence, ModuleTokens, lay_out
@@ -94,9 +96,13 @@ class LoraForward:
         self.reason = forward.reason
         self.bytes_per_token = 0.0
         self._freed = FreedMemory(GROWTH_BYTES)
+        self._linears, self._gated = FrozenLinears(self.body), find_gated_mlps(self.body)
+        self._multiple = ROWS_MULTIPLE if len(self._linears) else 1
         with recording() as self.implementations:
             self._probe()
         self.path = "one by one" if self.reason else "packed"
+        if len(self._linears):
+            self.implementations["frozen_linear"] = "onednn"
         if self.reason:
             self.implementations.clear()  # tried, and not used
             warnings.warn(
@@ -164,13 +170,13 @@ class LoraForward:
         *,
         packed: bool,
     ) -> None:
-        batch = lay_out(examples[members], self.loaded.device, self._scale)
+        batch = lay_out(examples[members], self.loaded.device, self._scale, self._multiple if packed else 1)
         n_tokens = int(batch.offsets[-1])
         twice = float(checkpointing or False)  # share of the layers
         if checkpointing is None:
             kept = activation_bytes(self.loaded.device)
             twice = max(0.0, 1 - kept / (n_tokens * self.bytes_per_token or 1.0))
-        row_counts = [n_tokens] if packed else batch.lengths
+        row_counts = [len(batch.token_ids)] if packed else batch.lengths
         capture = Capture(self.modules, consumer, batch.offsets, members, self._scale, row_counts)
 
         def on_forward(module: LoraModule) -> None:
@@ -185,6 +191,8 @@ class LoraForward:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(_frozen(self.loaded.model))
             stack.enter_context(self.lora.active(hand_over, on_forward))
+            stack.enter_context(self._linears.active())
+            stack.enter_context(gates_fused(self._gated))
             if twice:
                 stack.enter_context(layers_computed_twice(self.body, with_dropout=False, share=twice))
             if packed:
@@ -237,7 +245,7 @@ class LoraForward:
                     continue
             weights = {p.untyped_storage().data_ptr() for p in self.loaded.model.parameters()}
             sizes = [len(sequence.ids) - 1 for example in examples for sequence in example]
-            n_tokens = sum(sizes) if path == "packed" else max(sizes)
+            n_tokens = -(-sum(sizes) // self._multiple) * self._multiple if path == "packed" else max(sizes)
             self.bytes_per_token = sum(size for at, size in kept.items() if at not in weights) / n_tokens
             difference = float(((found - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-30)).max())
             if difference <= tolerance:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fastsel.errors import InputError
+from fastsel.models.frozen_linear import frozen_linear
 
 # Copies of W + scale B A may take this much; in larger models each is formed when it is needed.
 MOST_MERGED_BYTES = 512 << 20
@@ -232,7 +233,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.how = layer, weight_of, hand_over
         if weight_of is not None:
-            return F.linear(x, weight_of(), layer.bias)
+            return frozen_linear(x, weight_of(), layer.bias)
         module = layer.module
         low = F.linear(x.to(module.lora_a.dtype), module.lora_a)
         adapted = F.linear(low, module.lora_b) * (module.scale * layer.share)
@@ -247,7 +248,7 @@ class _LoraLinear(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             if weight_of is not None:
-                dx = delta @ weight_of()
+                dx = frozen_linear(delta, weight_of().T)
             else:
                 low = (delta.to(module.lora_b.dtype) @ module.lora_b) * (module.scale * layer.share)
                 dx = (delta @ layer.weight + low @ module.lora_a).to(x.dtype)

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from fastsel.models.frozen_linear import ROWS_MULTIPLE, frozen_linear
+
 if TYPE_CHECKING:
     from fastsel.models.packed import HeadParameters
 
-TILE_BYTES = 48 << 20  # of logits at a time
-# MKL's product of fewer than 12 rows with the head adds its whole depth in one chain for the last one to three of them,
-# with two threads on AVX-512: errors of 1e-4 in place of 5e-7 at a vocabulary of 49,152. Rows of zeros lead it away.
-LEAST_ROWS = 32
+# Of logits at a time: above 32 MB, glibc takes new pages from the system for each tile.
+TILE_BYTES = 24 << 20
+TILE_ROWS = 128  # at least: fewer would read the head more often than their products take
 
 
 def loss_and_gradient(
@@ -34,17 +35,26 @@ def loss_and_gradient(
     Returns:
         (nll float64 [t] on the CPU, gradient [t, d] in the type of hidden). Not finite where a token's logits are not.
 
-    Cost: two matrix products, 4 t v d flops; at most TILE_BYTES of logits, never [t, v].
+    Cost: two matrix products, 4 t v d flops; at most TILE_BYTES or TILE_ROWS of logits, never [t, v].
     """
     weight, bias, softcap, scale = head
     working = torch.promote_types(weight.dtype, torch.float32)
+    count = len(hidden)
+    # Rows of zeros lead MKL away from what it does with the last one to three of fewer than 12 rows, with two threads
+    # on AVX-512: their whole depth in one chain, errors of 1e-4 in place of 5e-7 at 49,152 words.
+    fillers = -count % ROWS_MULTIPLE
+    hidden, targets, weights = (
+        F.pad(hidden, (0, 0, 0, fillers)),
+        F.pad(targets, (0, fillers)),
+        F.pad(weights, (0, fillers)),
+    )
     gradient = torch.empty_like(hidden)
     nll = torch.empty(len(hidden), dtype=torch.float64)
-    rows = max(16, TILE_BYTES // (weight.shape[0] * working.itemsize))
+    rows = max(TILE_ROWS, TILE_BYTES // (weight.shape[0] * working.itemsize) // ROWS_MULTIPLE * ROWS_MULTIPLE)
     for start in range(0, len(hidden), rows):
         tile = slice(start, start + rows)
         target = targets[tile, None]
-        z = F.linear(hidden[tile].to(weight.dtype), weight, bias).to(working)
+        z = frozen_linear(hidden[tile].to(weight.dtype), weight, bias).to(working)
         if scale != 1.0:
             z *= scale
         slope = None
@@ -67,8 +77,5 @@ def loss_and_gradient(
             z *= slope
         if scale != 1.0:
             z *= scale
-        count = len(z)
-        if count < LEAST_ROWS:
-            z = F.pad(z, (0, 0, 0, LEAST_ROWS - count))
-        gradient[tile] = (z.to(weight.dtype) @ weight)[:count].to(hidden.dtype)
-    return nll, gradient
+        gradient[tile] = frozen_linear(z.to(weight.dtype), weight.T).to(hidden.dtype)
+    return nll[:count], gradient[:count]

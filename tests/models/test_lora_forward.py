@@ -9,6 +9,7 @@ import torch
 
 from fastsel.errors import FastselWarning, InputError
 from fastsel.models import lora_forward
+from fastsel.models.frozen_linear import ROWS_MULTIPLE
 from fastsel.models.loading import load_model
 from fastsel.models.lora_forward import LabelledSequence, LoraForward
 
@@ -247,6 +248,25 @@ def test_layers_that_share_matrices_add_up(no_float32_inside):
     other.lora_B["default"].weight = layers[1].self_attn.q_proj.lora_B["default"].weight
     with pytest.raises(InputError, match="shares only one of its LoRA matrices"):
         forward_of(model)
+
+
+def test_float32_runs_fused_and_fillers_are_not_handed_over():
+    """Layers that share matrices report twice; the sequences fill no multiple of rows."""
+    model = adapted("Llama", GROUPED, ["q_proj", "v_proj", "down_proj"])
+    first, other = (model.get_base_model().model.layers[i].self_attn.q_proj for i in (0, 2))
+    other.lora_A["default"].weight, other.lora_B["default"].weight = (
+        first.lora_A["default"].weight, first.lora_B["default"].weight)  # fmt: skip
+    forward, examples, batches = forward_of(model), some_examples(), []
+    assert {"swiglu", "frozen_linear"} <= set(forward.implementations)
+    forward.body.register_forward_pre_hook(
+        lambda module, args, named: batches.append(named["input_ids"].shape[1]), with_kwargs=True
+    )
+    expected, _ = one_at_a_time(model, examples)
+    batches.clear()
+    found, _ = dense(forward, examples)
+    n_tokens = sum(max(sequence.labelled) for example in examples for sequence in example)
+    assert batches == [-(-n_tokens // ROWS_MULTIPLE) * ROWS_MULTIPLE] and n_tokens % ROWS_MULTIPLE
+    assert relative(found, expected) < 1e-4
 
 
 def test_law_the_company_of_an_example_changes_nothing(no_float32_inside):
