@@ -1,2 +1,0 @@
-def unsupported(*a):
-    return "no"
