@@ -186,6 +186,33 @@ def predict_streaming(
     )
 
 
+def predict_straight(code: MachineCode, programs: int, needed_bytes: int, chip: Chip) -> Prediction:
+    """Predict the time of a launch whose programs read, compute and write once, without a loop.
+
+    Args:
+        code: compiled for the chip's architecture.
+        programs: of the launch; many more than the chip has multiprocessors.
+        needed_bytes: that the task moves at least, as of predict_streaming.
+        chip: one of CHIPS.
+
+    Raises:
+        ValueError: the compiled kernel has a loop.
+    """
+    opcodes, loops = instructions_and_loops(code.listing)
+    if loops:
+        raise ValueError("the machine code has a loop")
+    cycles = busy_cycles(opcodes, chip, code.num_warps)
+    limit = max(cycles, key=lambda unit: cycles[unit])
+    in_memory = needed_bytes / chip.memory_bytes_s
+    return Prediction(
+        seconds=max(makespan([(programs, cycles[limit])], chip.multiprocessors) / chip.clock_hz, in_memory),
+        floor_seconds=in_memory,
+        programs_resident=programs_per_multiprocessor(code, chip.architecture),
+        inner_limit=limit,
+        outer_limit=limit,
+    )
+
+
 def makespan(costs: Sequence[tuple[int, float]], workers: int) -> float:
     """When the last of (number, cost) jobs ends if each goes, in order, to the worker that is free first."""
     free = [0.0] * workers

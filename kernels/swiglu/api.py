@@ -29,7 +29,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, *, implementation: str = "auto"
         implementation: "auto", "triton", "native", "torch" or "reference".
 
     Returns:
-        [t, f], contiguous. Formed in float32 (float64 for float64) and rounded once, where torch's two steps round twice.
+        [t, f], contiguous. Formed in float32 (float64 for float64) and rounded once; torch's two steps round twice.
 
     Raises:
         ValueError: shapes, dtypes or devices do not match the above.

@@ -1,9 +1,14 @@
-"""swiglu and its gradient in plain torch, a block of rows at a time: what comes between stays in cache."""
+"""swiglu and its gradient in plain torch, each step over the whole matrix where nothing has to be widened.
+
+16-bit inputs, and results that are written where an input lies, go a block of rows at a time on a CPU: that bounds the
+float32 copies beside the results. Elsewhere blocks save nothing: small ones stay in cache, but wake the threads for so
+little that this costs more (docs/measured.md, "swiglu").
+"""
 
 import torch
 import torch.nn.functional as F
 
-BLOCK_ELEMENTS = 1 << 16
+BLOCK_ELEMENTS = 1 << 19
 
 
 def unsupported(*inputs: object) -> str | None:
@@ -20,18 +25,21 @@ def compute(
     """See api.swiglu, and api.swiglu_gradient where d_out is given."""
     t, f = gate.shape
     wide = torch.promote_types(gate.dtype, torch.float32)
-    rows = max(1, BLOCK_ELEMENTS // max(1, f)) if gate.device.type == "cpu" else t
-    result = torch.empty_like(gate, memory_format=torch.contiguous_format) if d_out is None else None
-    d_gate, d_up = out or (torch.empty_like(gate, memory_format=torch.contiguous_format) for _ in range(2))
-    for start in range(0, t, rows):
-        block = slice(start, start + rows)
-        z, u = gate[block].to(wide), up[block].to(wide)
-        if result is not None:
-            torch.mul(F.silu(z), u, out=result[block])
-        else:
-            d = d_out[block].to(wide)
-            # All inputs are read before anything is written: out may be gate, up or d_out.
-            of_gate, silu = torch.ops.aten.silu_backward(d * u, z), F.silu(z)
-            torch.mul(silu, d, out=d_up[block])
-            d_gate[block] = of_gate
-    return (d_gate, d_up) if result is None else result
+    inputs = [gate, up] if d_out is None else [gate, up, d_out]
+    if gate.dtype == wide and out is None:
+        results = [x.contiguous() for x in _formed(*inputs)]
+    else:
+        results = list(out or (gate.new_empty(t, f) for _ in inputs[1:]))
+        rows = max(1, BLOCK_ELEMENTS // max(1, f)) if gate.device.type == "cpu" else max(1, t)
+        for start in range(0, t, rows):
+            block = slice(start, start + rows)
+            for to, part in zip(results, _formed(*(x[block].to(wide) for x in inputs)), strict=True):
+                to[block] = part
+    return results[0] if d_out is None else (results[0], results[1])
+
+
+def _formed(gate: torch.Tensor, up: torch.Tensor, d_out: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """New tensors: the output, or the gradients of gate and up."""
+    if d_out is None:
+        return [F.silu(gate).mul_(up)]
+    return [torch.ops.aten.silu_backward(d_out * up, gate), F.silu(gate).mul_(d_out)]
