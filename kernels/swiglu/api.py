@@ -35,7 +35,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, *, implementation: str = "auto"
         ValueError: shapes, dtypes or devices do not match the above.
         NoImplementationError: the implementation asked for cannot take these inputs; the message says why.
 
-    Determinism: an element's bits depend on its two inputs alone.
+    Determinism: an element's bits depend on its own inputs alone; torch: and on its place in a vector.
     Cost: two reads and one write an element, where silu and the product take five. Extra memory: none.
     Source: Shazeer, "GLU variants improve transformer", 2020 (arXiv 2002.05202).
     """
@@ -69,6 +69,8 @@ def swiglu_gradient(
     """
     _check(gate, up)
     check_tensor("d_out", d_out, tuple(gate.shape), dtypes=(gate.dtype,), device=gate.device)
+    if out is not None and (len(out) != 2 or (out[0].numel() and out[0].data_ptr() == out[1].data_ptr())):
+        raise ValueError("out must be two tensors of memory of their own")
     for name, tensor in zip(("out[0]", "out[1]"), out or (), strict=False):
         check_tensor(name, tensor, tuple(gate.shape), dtypes=(gate.dtype,), device=gate.device)
         if not tensor.is_contiguous():

@@ -10,8 +10,8 @@
 
 namespace {
 
-// 1 / (1 + e^-x); exponential() takes at most 88, where this is 6e-39.
-static inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(lesser(splat(88.0f), -x))); }
+// 1 / (1 + e^-x) for x >= -88.
+static inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
 
 // Calls body(first, count) for LANES elements at a time of this thread's share, the last ones with a smaller count.
 template <typename Body>
@@ -27,6 +27,10 @@ static inline Floats load_some(const float* from, int64_t count) {
     memcpy(&x, from, count * sizeof(float));
     return x;
 }
+// Gates below -88 count as -88, where the sigmoid is 6e-39: exponential() takes no more, and their product stays small.
+static inline Floats load_gate(const float* from, int64_t count) {
+    return greater(splat(-88.0f), load_some(from, count));
+}
 static inline void store_some(float* to, Floats x, int64_t count) {
     if (count == LANES)
         store(to, x);
@@ -39,7 +43,7 @@ static inline void store_some(float* to, Floats x, int64_t count) {
 FASTSEL_EXPORT(swiglu)(const float* gate, const float* up, float* out, int64_t size, int32_t threads) {
 #pragma omp parallel num_threads(threads)
     for_each_vector(size, [=](int64_t at, int64_t count) {
-        const Floats z = load_some(gate + at, count);
+        const Floats z = load_gate(gate + at, count);
         store_some(out + at, z * sigmoid(z) * load_some(up + at, count), count);
     });
 }
@@ -48,9 +52,9 @@ FASTSEL_EXPORT(swiglu_gradient)(
     const float* gate, const float* up, const float* d_out, float* d_gate, float* d_up, int64_t size, int32_t threads) {
 #pragma omp parallel num_threads(threads)
     for_each_vector(size, [=](int64_t at, int64_t count) {
-        const Floats z = load_some(gate + at, count), d = load_some(d_out + at, count), s = sigmoid(z);
+        const Floats z = load_gate(gate + at, count), d = load_some(d_out + at, count), s = sigmoid(z);
         const Floats u = load_some(up + at, count);
         store_some(d_gate + at, d * u * s * (1.0f + z * (1.0f - s)), count);
-        store_some(d_up + at, d * z * s, count);
+        store_some(d_up + at, z * s * d, count);
     });
 }

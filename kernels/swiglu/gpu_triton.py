@@ -80,7 +80,7 @@ def gradient_kernel(
     d = loaded(d_out_ptr + row * stride_d_out, at, live)
     s = sigmoid(z)
     tl.store(d_gate_ptr + row * stride_out + at, d * u * s * (1.0 + z * (1.0 - s)), mask=live)
-    tl.store(d_up_ptr + row * stride_out + at, d * z * s, mask=live)
+    tl.store(d_up_ptr + row * stride_out + at, z * s * d, mask=live)
 
 
 def unsupported(gate: torch.Tensor, up: torch.Tensor, d_out: torch.Tensor | None, out: Pair | None) -> str | None:

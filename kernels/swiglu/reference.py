@@ -19,7 +19,7 @@ def compute(
     gate, up = (x.to(torch.promote_types(dtype, torch.float32)) for x in (gate, up))
     s = torch.sigmoid(gate)
     if d_out is None:
-        return (gate * s * up).to(dtype)
-    d_gate = (d_out * up * s * (1 + gate * (1 - s))).to(dtype)
-    d_up = (d_out * gate * s).to(dtype)
+        return (gate * s * up).to(dtype).contiguous()
+    d_gate = (d_out * up * s * (1 + gate * (1 - s))).to(dtype).contiguous()
+    d_up = (gate * s * d_out).to(dtype).contiguous()
     return (d_gate, d_up) if out is None else (out[0].copy_(d_gate), out[1].copy_(d_up))
