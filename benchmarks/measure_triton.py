@@ -27,7 +27,7 @@ from predict_triton import STATS, TREES, one_prompt_many_answers, pairs_of_passe
 
 from fastsel.kernels._runtime.devices import triton_architecture
 from fastsel.kernels._runtime.triton_launch import Launch, compiler_options
-from fastsel.kernels._runtime.triton_predict import CHIPS, Chip, predict, predict_streaming
+from fastsel.kernels._runtime.triton_predict import CHIPS, Chip, predict, predict_straight, predict_streaming
 from fastsel.kernels._runtime.triton_proof import compile_launch, machine_code
 from fastsel.kernels.facility_location import gpu_triton as gains
 from fastsel.kernels.k_center import gpu_triton as nearest
@@ -40,6 +40,7 @@ from fastsel.kernels.lora_gradient_sketch import AdamStep, SketchSpec
 from fastsel.kernels.lora_gradient_sketch import gpu_triton as lora
 from fastsel.kernels.novelty import gpu_triton as novel
 from fastsel.kernels.random_projection import gpu_triton as projection
+from fastsel.kernels.swiglu import gpu_triton as gated
 from fastsel.kernels.topk_similarity import gpu_triton as topk
 from fastsel.kernels.tree_attention import gpu_triton as tree
 from fastsel.kernels.tree_attention.segments import Segments
@@ -326,6 +327,24 @@ def label_row(make: Maker, dtype: torch.dtype, rule: str) -> Row:
     return Row(launches, _unknown, plain)
 
 
+def swiglu_row(make: Maker, dtype: torch.dtype, gradient: bool) -> Row:
+    """Plain torch keeps silu(gate) from the forward pass for the gradient, which ours forms again."""
+    gate, up, d_out = (make.normal(*predict_triton.GATED, dtype=dtype) for _ in range(3))
+    launches = gated.plan(gate, up, d_out if gradient else None, None, architecture=make.architecture)[1]
+    silu = F.silu(gate)
+
+    def plain() -> Any:
+        return (torch.ops.aten.silu_backward(d_out * up, gate), d_out * silu) if gradient else F.silu(gate) * up
+
+    def predicted(chip: Chip) -> tuple[float, float]:
+        launch, needed = predict_triton.gated_launch(chip.architecture, dtype, gradient)
+        code = machine_code(compile_launch(launch, chip.architecture), chip.architecture)
+        found = predict_straight(code, launch.grid[0], needed, chip)
+        return found.seconds, found.floor_seconds
+
+    return Row(launches, predicted, plain)
+
+
 def rows() -> Iterator[tuple[str, str, Callable[[Maker], Row]]]:
     """Label, dtype and what makes the row."""
     for dtype in (torch.bfloat16, torch.float32):
@@ -353,6 +372,8 @@ def rows() -> Iterator[tuple[str, str, Callable[[Maker], Row]]]:
         for of in ("sjlt", "rademacher"):
             label = f"random_projection, {of}, {PROJECTED} x {COORDINATES:,} to {SKETCH:,}"
             yield label, kind, partial(projection_row, dtype=dtype, kind=of)
+        for what, gradient in (("forward", False), ("gradient", True)):
+            yield f"swiglu, {what}, 4,096 x 11,008", kind, partial(swiglu_row, dtype=dtype, gradient=gradient)
         if dtype == torch.float32:
             for rule in ("first_order", "exact"):
                 yield f"label_gain, Tulu3, {rule}", kind, partial(label_row, dtype=dtype, rule=rule)

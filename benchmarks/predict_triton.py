@@ -12,7 +12,14 @@ import numpy as np
 import torch
 
 from fastsel.kernels._runtime.triton_launch import Launch, Work
-from fastsel.kernels._runtime.triton_predict import CHIPS, Chip, floor_seconds, predict, predict_streaming
+from fastsel.kernels._runtime.triton_predict import (
+    CHIPS,
+    Chip,
+    floor_seconds,
+    predict,
+    predict_straight,
+    predict_streaming,
+)
 from fastsel.kernels._runtime.triton_proof import compile_launch, machine_code
 from fastsel.kernels.facility_location import gpu_triton as gains
 from fastsel.kernels.k_center import gpu_triton as nearest
@@ -23,6 +30,7 @@ from fastsel.kernels.lora_gradient_sketch import gpu_triton as lora
 from fastsel.kernels.lora_gradient_sketch import predicted_work as lora_work
 from fastsel.kernels.novelty import gpu_triton as novel
 from fastsel.kernels.random_projection import gpu_triton as projection
+from fastsel.kernels.swiglu import gpu_triton as gated
 from fastsel.kernels.topk_similarity import gpu_triton as topk
 from fastsel.kernels.tree_attention import gpu_triton as tree
 from fastsel.kernels.tree_attention.segments import Segments
@@ -56,6 +64,7 @@ NOVEL_ROWS, NOVEL_D, CONTENDERS = 1_000_000, 1024, 256  # rows of the pool, rows
 
 LORA = (16, 300, 4096, 128)  # examples, tokens of each, features in and out, rank: LESS with Llama-2-7B
 LORA_MODULES, LESS_ROWS, LESS_CHECKPOINTS = 128, 270_679, 4
+GATED = (4096, 11_008)  # tokens, features of the MLP of a Llama of 7B
 PASS_FLOPS = 4 * 6.6e9 * 300  # forward and input gradients of an example
 PROJECTED, ADAPTERS, PROJECTION_K = 64, 2**27, 8192  # gradients of Llama-2-7B's adapters (r = 128), LESS's k
 
@@ -188,6 +197,24 @@ def sjlt(chip: Chip, dtype: torch.dtype) -> str:
     )
 
 
+def gated_launch(architecture: str, dtype: torch.dtype, gradient: bool) -> tuple[Launch, int]:
+    """One call of swiglu's kernel or its gradient's, and the bytes that it must move."""
+    inputs = [meta(*GATED, dtype=dtype) for _ in range(3 if gradient else 2)]
+    (launch,) = gated.plan(inputs[0], inputs[1], inputs[2] if gradient else None, None, architecture=architecture)[1]
+    return launch, (5 if gradient else 3) * GATED[0] * GATED[1] * dtype.itemsize
+
+
+def swiglu(chip: Chip, dtype: torch.dtype, gradient: bool) -> str:
+    """A row of the table: GATED, forward or gradient."""
+    launch, needed = gated_launch(chip.architecture, dtype, gradient)
+    code = machine_code(compile_launch(launch, chip.architecture), chip.architecture)
+    p = predict_straight(code, launch.grid[0], needed, chip)
+    return (
+        f"{p.seconds * 1e6:,.0f} us | {p.floor_seconds * 1e6:,.0f} us | {p.ratio:.2f} "
+        f"| {p.programs_resident} | {p.inner_limit} | {p.outer_limit} |"
+    )
+
+
 def greedy(chip: Chip, dtype: torch.dtype) -> tuple[float, float, float]:
     """Predicted seconds of all updates of GREEDY_PICKS greedy picks on random vectors, their floor, and contenders.
 
@@ -295,6 +322,13 @@ def main() -> None:
                 kind = str(dtype).removeprefix("torch.")
                 label = f"random_projection, sjlt, {PROJECTED} x {ADAPTERS:,} to {PROJECTION_K:,}, {kind}"
                 print(f"| {label} | {name} | {sjlt(chip, dtype)}", flush=True)
+    if "swiglu".startswith(wanted):
+        for name, chip in CHIPS.items():
+            for dtype in (torch.bfloat16, torch.float32):
+                for gradient in (False, True):
+                    kind, what = str(dtype).removeprefix("torch."), "gradient" if gradient else "forward"
+                    label = f"swiglu, {what}, {GATED[0]:,} x {GATED[1]:,}, {kind}"
+                    print(f"| {label} | {name} | {swiglu(chip, dtype, gradient)}", flush=True)
     if "facility_location".startswith(wanted):
         print(f"\n| greedy, n = {GREEDY_ROWS:,}, d = {GAINS_D:,}, k = {GREEDY_PICKS:,} | updates | floor | 16 a pick |")
         print("| --- | --- | --- | --- |")
