@@ -65,7 +65,7 @@ def swiglu_gradient(
         ValueError, NoImplementationError: as swiglu.
 
     Determinism: as swiglu.
-    Cost: three reads and two writes an element, where autograd's own four steps take twelve.
+    Cost: three reads and two writes an element, where autograd's own three steps take nine, and keep silu(gate).
     """
     _check(gate, up)
     check_tensor("d_out", d_out, tuple(gate.shape), dtypes=(gate.dtype,), device=gate.device)
