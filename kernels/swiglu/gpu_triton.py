@@ -12,6 +12,8 @@ Limits: rows of any stride; a matrix whose rows are not runs of memory is copied
 Predicted from the compiled kernel: docs/measured.md, "swiglu".
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -99,17 +101,15 @@ def plan(
     is_flat = all(x.is_contiguous() for x in inputs.values())
     rows, n = (1, t * f) if is_flat else (t, f)
     tiles = triton.cdiv(n, block)
-    arguments = {f"{name}_ptr": x for name, x in inputs.items()}
+    arguments: dict[str, Any] = {f"{name}_ptr": x for name, x in inputs.items()}
     # The only row of a flat matrix is at 0: strides of 0 are multiples of everything.
     arguments |= {f"stride_{name}": 0 if is_flat else x.stride(0) for name, x in inputs.items()}
     arguments |= {"stride_out": 0 if is_flat else f, "N": n, "TILES": tiles}
-    shape = {"grid": (rows * tiles,), "constants": {"BLOCK": block}, "options": {"num_warps": num_warps}}
-    if d_out is None:
-        result = gate.new_empty(t, f)
-        return result, [Launch(swiglu_kernel, arguments=arguments | {"out_ptr": result}, **shape)]
-    d_gate, d_up = out or (gate.new_empty(t, f), gate.new_empty(t, f))
-    arguments |= {"d_gate_ptr": d_gate, "d_up_ptr": d_up}
-    return (d_gate, d_up), [Launch(gradient_kernel, arguments=arguments, **shape)]
+    results = [gate.new_empty(t, f)] if d_out is None else list(out or (gate.new_empty(t, f) for _ in range(2)))
+    arguments |= dict(zip(["out_ptr"] if d_out is None else ["d_gate_ptr", "d_up_ptr"], results, strict=True))
+    kernel = swiglu_kernel if d_out is None else gradient_kernel
+    launch = Launch(kernel, (rows * tiles,), arguments, {"BLOCK": block}, {"num_warps": num_warps})
+    return results[0] if d_out is None else (results[0], results[1]), [launch]
 
 
 def compute(gate: torch.Tensor, up: torch.Tensor, d_out: torch.Tensor | None, out: Pair | None) -> torch.Tensor | Pair:
