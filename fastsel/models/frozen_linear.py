@@ -25,7 +25,8 @@ def _is_there() -> bool:
 
 def takes(weight: torch.Tensor) -> bool:
     """Whether frozen_linear multiplies with this matrix by oneDNN."""
-    return (weight.dtype, weight.device.type) == (torch.float32, "cpu") and _is_there()
+    is_plain = type(weight) in (torch.Tensor, nn.Parameter)  # quantised weights are tensors of other types
+    return is_plain and (weight.dtype, weight.device.type) == (torch.float32, "cpu") and _is_there()
 
 
 def frozen_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
