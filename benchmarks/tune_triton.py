@@ -3,9 +3,10 @@
 python tune_triton.py -o FILE.jsonl [--seconds S] [--processes P] [NAME ...]    cases with a NAME in them
 python tune_triton.py --check sm_90 [--processes P] [NAME ...]                  needs no GPU: compiles, prints registers
 
-Cases, inputs and timing are those of measure_triton.py, cases in the order of what they may gain; launch_candidates.py
-has the candidates. All are compiled ahead in other processes, and each must give what today's entry gives. A table's
-entries of all variants are replaced: a case meets its candidates whatever the variant that it has.
+Cases and inputs are those of triton_rows.py, timing is that of measure_triton.py, cases in the order of what they may
+gain; launch_candidates.py has the candidates. All are compiled ahead in other processes, and each must give what
+today's entry gives. A table's entries of all variants are replaced: a case meets its candidates whatever the variant
+that it has.
 """
 
 import argparse
@@ -21,8 +22,9 @@ from unittest.mock import patch
 
 import measure_triton
 import torch
+import triton_rows
 from launch_candidates import CANDIDATES, TUNED, Candidate
-from measure_triton import Maker, Row
+from triton_rows import Maker, Row
 
 from fastsel.kernels._runtime.devices import triton_architecture
 from fastsel.kernels._runtime.triton_launch import Launch, compiler_options
@@ -33,7 +35,7 @@ TOLERANCE = 0.01  # of the largest number: sums of another order, rounded to bfl
 
 
 class Case(NamedTuple):
-    """A row of measure_triton.py, the module whose table is tuned, its candidates, and the kernels that are timed."""
+    """A row of triton_rows.py, the module whose table is tuned, its candidates, and the kernels that are timed."""
 
     label: str
     made: Callable[[Maker], Row]
@@ -56,14 +58,14 @@ class Tried(dict[Any, Candidate]):
 
 
 def cases() -> list[Case]:
-    """The rows of measure_triton.py, and two with less to do, that launch_candidates.py names."""
-    known = {(label, kind): made for label, kind, made in measure_triton.rows()}
+    """The rows of triton_rows.py, and two with less to do, that launch_candidates.py names."""
+    known = {(label, kind): made for label, kind, made in triton_rows.rows()}
     known["random_projection, rademacher, a quarter", "bfloat16"] = partial(
-        measure_triton.projection_row,
-        dtype=torch.bfloat16, kind="rademacher", coordinates=measure_triton.COORDINATES // 4,
+        triton_rows.projection_row,
+        dtype=torch.bfloat16, kind="rademacher", coordinates=triton_rows.COORDINATES // 4,
     )  # fmt: skip
     known["facility_location, first pass of 25,000", "float32"] = partial(
-        measure_triton.gains_row, dtype=torch.float32, n=25_000, m=25_000
+        triton_rows.gains_row, dtype=torch.float32, n=25_000, m=25_000
     )
     found = []
     for start, wanted, module, table, of, kernels in TUNED:
