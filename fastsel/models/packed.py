@@ -138,7 +138,7 @@ class PackedForward:
         Args:
             loaded: the model.
             implementation: of the kernels, "auto" or a name.
-            prepack: keep a second copy of small models' weights, laid out for a faster product on a CPU.
+            prepack: multiply by oneDNN on a CPU; small models keep a second copy of their weights for it.
         """
         from transformers import AttentionInterface
 

@@ -1,14 +1,18 @@
 """Linear layers on a CPU with weights laid out once for oneDNN's matrix product, instead of at every call.
 
 On an AMD EPYC (Zen 4), 803 x 576 x 1,536 and its like: 1.15 to 1.18 times the rate of torch's own float32 product.
+Where the copies would be too large, oneDNN reads the weights as they lie: a Llama with 516 MiB of them, 1.09 times.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+from fastsel.models.frozen_linear import frozen_linear
 
 # The copies live beside the model's own weights.
 MOST_BYTES = 512 << 20
@@ -21,8 +25,8 @@ ROWS_MULTIPLE = 64
 class PrepackedLinears:
     """Faster forwards for the float32 nn.Linear layers of a model, used only inside active().
 
-    The copies are of the weights as they are now. Layers of other types, dtypes and devices are left alone, and so is
-    a model whose copies would take more than MOST_BYTES.
+    The copies are of the weights as they are now; a model whose copies would take more than MOST_BYTES goes without.
+    Layers of other types, dtypes and devices are left alone.
     """
 
     def __init__(self, body: nn.Module) -> None:
@@ -38,10 +42,9 @@ class PrepackedLinears:
         known = all(hasattr(operations, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
         total = sum(4 * layer.weight.numel() for layer in layers)
         available = known and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        if not available or total > MOST_BYTES:
-            layers = []
+        forward_of = _prepacked_forward if total <= MOST_BYTES else _forward_as_it_lies
         with torch.inference_mode():
-            self._forwards = [(layer, _prepacked_forward(layer)) for layer in layers]
+            self._forwards = [(layer, forward_of(layer)) for layer in layers] if available else []
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process is sent the layers and packs them for itself."""
@@ -52,7 +55,7 @@ class PrepackedLinears:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, the layers multiply with the prepacked weights."""
+        """Inside, the layers multiply by oneDNN."""
         try:
             for layer, forward in self._forwards:
                 vars(layer)["forward"] = forward
@@ -71,3 +74,8 @@ def _prepacked_forward(layer: nn.Linear) -> Callable[[torch.Tensor], torch.Tenso
         return product
 
     return forward
+
+
+def _forward_as_it_lies(layer: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+    bias = None if layer.bias is None else layer.bias.detach()
+    return partial(frozen_linear, weight=layer.weight.detach(), bias=bias)

@@ -41,7 +41,15 @@ def test_layers_that_others_changed_and_other_dtypes_are_left_alone(body):
     assert "forward" in vars(body[0])
 
 
-def test_copies_have_a_limit(body, monkeypatch):
+def test_weights_whose_copies_have_no_room_are_multiplied_as_they_lie(body, monkeypatch):
+    x = torch.randn(1, 64, 48)
+    with PrepackedLinears(body).active():
+        expected = body(x)
     monkeypatch.setattr(prepacked, "MOST_BYTES", 4 * (48 * 70 + 70 * 5) - 1)
     with PrepackedLinears(body).active():
-        assert not any("forward" in vars(layer) for layer in body)
+        forwards = [vars(body[i])["forward"] for i in (0, 2)]
+        got = body(x)
+    assert [forward.keywords["weight"].data_ptr() for forward in forwards] == [
+        body[i].weight.data_ptr() for i in (0, 2)
+    ]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
