@@ -4,7 +4,7 @@ On an AMD EPYC (Zen 4) MKL takes its AVX2 kernels. 906 x 576 x 1,536 and its lik
 GFLOP/s a thread by MKL, 99 to 105 by oneDNN, of 117 that the multiply-adds allow.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from fastsel.models.replaced_forwards import forwards_replaced
 
 # oneDNN compiles each number of rows anew and keeps up to 1,024 such products, 5 MB for the four shapes of
 # SmolLM2-135M in both directions. Other numbers than multiples of this are left to torch's own product.
@@ -62,33 +64,26 @@ class _FrozenLinear(torch.autograd.Function):
         return frozen_linear(delta, ctx.weight.T) if ctx.needs_input_grad[0] else None, None, None
 
 
-class FrozenLinears:
-    """The linear layers of a model that frozen_linear takes, used only inside active().
+def frozen_linears(body: nn.Module) -> list[nn.Linear]:
+    """The layers of a model whose weights frozen_linear takes, but for those whose forward somebody has replaced."""
+    return [
+        module
+        for module in body.modules()
+        if type(module) is nn.Linear and takes(module.weight) and "forward" not in vars(module)
+    ]
 
-    Layers of other types and those whose forward somebody has replaced are left alone.
-    """
 
-    def __init__(self, body: nn.Module) -> None:
-        self._layers = [
-            module
-            for module in body.modules()
-            if type(module) is nn.Linear and takes(module.weight) and "forward" not in vars(module)
-        ]
+@contextmanager
+def multiplied_by_onednn(layers: Sequence[nn.Linear]) -> Iterator[None]:
+    """Inside, these layers (see frozen_linears) run by frozen_linear, and their weights get no gradient."""
+    with forwards_replaced((layer, forward_as_it_lies(layer)) for layer in layers):
+        yield
 
-    def __len__(self) -> int:
-        return len(self._layers)
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Inside, these layers' weights get no gradient."""
-        try:
-            for layer in self._layers:
-                weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
-                vars(layer)["forward"] = partial(_forward, weight=weight, bias=bias)
-            yield
-        finally:
-            for layer in self._layers:
-                vars(layer).pop("forward", None)
+def forward_as_it_lies(layer: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The layer's output by frozen_linear; its input gets a gradient."""
+    bias = None if layer.bias is None else layer.bias.detach()
+    return partial(_forward, weight=layer.weight.detach(), bias=bias)
 
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastsel.kernels.swiglu import swiglu, swiglu_gradient
+from fastsel.models.replaced_forwards import forwards_replaced
 
 PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 CHECKED_ROWS = 3
@@ -71,10 +72,5 @@ def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def gates_fused(mlps: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Inside, these modules (see find_gated_mlps) form their gates in one pass; one backward of each forward."""
-    try:
-        for module in mlps:
-            vars(module)["forward"] = partial(_forward, module)
+    with forwards_replaced((module, partial(_forward, module)) for module in mlps):
         yield
-    finally:
-        for module in mlps:
-            vars(module).pop("forward", None)

@@ -24,7 +24,7 @@ import torch
 from fastsel.errors import FastselWarning, InputError
 from fastsel.kernels._runtime.dispatch import recording
 from fastsel.kernels._runtime.freed_memory import FreedMemory
-from fastsel.models.frozen_linear import ROWS_MULTIPLE, FrozenLinears
+from fastsel.models.frozen_linear import ROWS_MULTIPLE, frozen_linears, multiplied_by_onednn
 from fastsel.models.gated_mlp import find_gated_mlps, gates_fused
 from fastsel.models.layer_checkpointing import layers_computed_twice
 from fastsel.models.loading import LoadedModel
@@ -96,12 +96,12 @@ class LoraForward:
         self.reason = forward.reason
         self.bytes_per_token = 0.0
         self._freed = FreedMemory(GROWTH_BYTES)
-        self._linears, self._gated = FrozenLinears(self.body), find_gated_mlps(self.body)
-        self._multiple = ROWS_MULTIPLE if len(self._linears) else 1
+        self._linears, self._gated = frozen_linears(self.body), find_gated_mlps(self.body)
+        self._multiple = ROWS_MULTIPLE if self._linears else 1
         with recording() as self.implementations:
             self._probe()
         self.path = "one by one" if self.reason else "packed"
-        if len(self._linears):
+        if self._linears:
             self.implementations["frozen_linear"] = "onednn"
         if self.reason:
             self.implementations.clear()  # tried, and not used
@@ -191,7 +191,7 @@ class LoraForward:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(_frozen(self.loaded.model))
             stack.enter_context(self.lora.active(hand_over, on_forward))
-            stack.enter_context(self._linears.active())
+            stack.enter_context(multiplied_by_onednn(self._linears))
             stack.enter_context(gates_fused(self._gated))
             if twice:
                 stack.enter_context(layers_computed_twice(self.body, with_dropout=False, share=twice))

@@ -6,13 +6,13 @@ Where the copies would be too large, oneDNN reads the weights as they lie: a Lla
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastsel.models.frozen_linear import frozen_linear
+from fastsel.models.frozen_linear import forward_as_it_lies, frozen_linears
+from fastsel.models.replaced_forwards import forwards_replaced
 
 # The copies live beside the model's own weights.
 MOST_BYTES = 512 << 20
@@ -31,20 +31,12 @@ class PrepackedLinears:
 
     def __init__(self, body: nn.Module) -> None:
         self._body = body
-        layers = [
-            module
-            for module in body.modules()
-            if type(module) is nn.Linear
-            and (module.weight.dtype, module.weight.device.type) == (torch.float32, "cpu")
-            and "forward" not in vars(module)  # someone else's
-        ]
-        operations = torch.ops.mkldnn
-        known = all(hasattr(operations, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+        layers = frozen_linears(body)
         total = sum(4 * layer.weight.numel() for layer in layers)
-        available = known and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        forward_of = _prepacked_forward if total <= MOST_BYTES else _forward_as_it_lies
+        can_copy = total <= MOST_BYTES and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        forward_of = _prepacked_forward if can_copy else forward_as_it_lies
         with torch.inference_mode():
-            self._forwards = [(layer, forward_of(layer)) for layer in layers] if available else []
+            self._forwards = [(layer, forward_of(layer)) for layer in layers]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process is sent the layers and packs them for itself."""
@@ -56,13 +48,8 @@ class PrepackedLinears:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Inside, the layers multiply by oneDNN."""
-        try:
-            for layer, forward in self._forwards:
-                vars(layer)["forward"] = forward
+        with forwards_replaced(self._forwards):
             yield
-        finally:
-            for layer, _ in self._forwards:
-                vars(layer).pop("forward", None)
 
 
 def _prepacked_forward(layer: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -74,8 +61,3 @@ def _prepacked_forward(layer: nn.Linear) -> Callable[[torch.Tensor], torch.Tenso
         return product
 
     return forward
-
-
-def _forward_as_it_lies(layer: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
-    bias = None if layer.bias is None else layer.bias.detach()
-    return partial(frozen_linear, weight=layer.weight.detach(), bias=bias)

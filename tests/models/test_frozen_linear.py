@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastsel.models import frozen_linear as module
-from fastsel.models.frozen_linear import ROWS_MULTIPLE, FrozenLinears, frozen_linear
+from fastsel.models.frozen_linear import ROWS_MULTIPLE, frozen_linear, frozen_linears, multiplied_by_onednn
 
 NEEDS_ONEDNN = pytest.mark.skipif(not module._is_there(), reason="this torch has no oneDNN")
 
@@ -57,7 +57,7 @@ def test_layers_pass_the_gradient_of_their_input_on(body, rows):
     torch.manual_seed(1)
     x, d_out = torch.randn(rows, 48, requires_grad=True), torch.randn(rows, 5)
     (expected,) = torch.autograd.grad(body(x), x, d_out)
-    with FrozenLinears(body).active():
+    with multiplied_by_onednn(frozen_linears(body)):
         out = body(x)
         assert "_FrozenLinear" in type(out.grad_fn).__name__
         (found,) = torch.autograd.grad(out, x, d_out)
@@ -67,7 +67,7 @@ def test_layers_pass_the_gradient_of_their_input_on(body, rows):
 def test_the_model_is_left_as_it_was(body):
     x = torch.randn(7, 48)
     before = body(x)
-    with pytest.raises(ZeroDivisionError), FrozenLinears(body).active():
+    with pytest.raises(ZeroDivisionError), multiplied_by_onednn(frozen_linears(body)):
         raise ZeroDivisionError
     assert not any("forward" in vars(layer) for layer in body)
     assert torch.equal(body(x), before)
@@ -77,9 +77,9 @@ def test_the_model_is_left_as_it_was(body):
 def test_layers_that_others_changed_and_other_dtypes_are_left_alone(body):
     body[0].forward = lambda x: x[..., :1].expand(*x.shape[:-1], 70)
     body[2].to(torch.bfloat16)
-    linears = FrozenLinears(body)
+    linears = frozen_linears(body)
     assert len(linears) == 0
-    with linears.active():
+    with multiplied_by_onednn(linears):
         assert body[0].forward(torch.ones(2, 48)).shape == (2, 70)
         assert "forward" not in vars(body[2])
     assert "forward" in vars(body[0])
